@@ -1,0 +1,1 @@
+"""Recipe to bundle: merge, distil, quantize, export, validate, package."""

@@ -1,0 +1,76 @@
+"""`TensorView` and `Checkpoint`: a model as a lazy mapping of names to tensors.
+
+Nothing is read until a row block is asked for, and a block is always float32 whatever is stored: bf16 and fp16 widen
+exactly, GGUF blocks are decoded. Merging is a view over a view (`replace`), so the base is never changed and peak
+memory is a block, not a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+ROW_BLOCK_BYTES = 16 << 20  # float32 bytes in one block of `TensorView.blocks`
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of a checkpoint, read by row block.
+
+    shape [4, 3], `rows(1, 3)` -> float32 [2, 3]. A scalar (shape ()) reads as one row and `read` gives shape ().
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as stored: F32, F16, BF16, Q4_1, ...
+    rows: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, *shape[1:]]
+
+    @property
+    def row_count(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def read(self) -> np.ndarray:
+        """The whole tensor, float32 [*shape]."""
+        return self.rows(0, self.row_count).reshape(self.shape)
+
+    def blocks(self, limit_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 block) from top to bottom, each at most `limit_bytes` or one row."""
+        row_bytes = 4 * self.size // max(self.row_count, 1)
+        step = max(1, limit_bytes // max(row_bytes, 1))
+        for start in range(0, self.row_count, step):
+            yield start, self.rows(start, min(start + step, self.row_count))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model: lazy tensors, its config, and the small files that travel with it.
+
+    tensors  Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`), [out, in] for linear weights
+    config   config.json as a dict
+    assets   file name -> content: tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json, ...
+    origin   what the user named, for messages and lineage
+    digest   sha256 over the contents of the files, not their paths (a merged view: over base digest and delta digests)
+    """
+
+    tensors: Mapping[str, TensorView]
+    config: Mapping[str, Any]
+    assets: Mapping[str, bytes]
+    origin: str
+    digest_of: Callable[[], str] = field(repr=False, compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        return self.digest_of()
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(view.size for view in self.tensors.values())

@@ -1,0 +1,35 @@
+"""Errors of the compiler, on the tree that starts in `targets.errors`."""
+
+from __future__ import annotations
+
+from targets.errors import BundleError, TargetError, TrimtabError
+
+__all__ = ["ArchitectureError", "BundleError", "CheckpointError", "DeltaError", "LimitError", "OutputError", "RecipeError", "TargetError", "TrimtabError"]
+
+
+class RecipeError(TrimtabError):
+    """A recipe that cannot be read, or asks for what does not exist. A usage error: exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(TrimtabError):
+    """A base checkpoint that is missing, truncated, refused (pickle) or inconsistent."""
+
+
+class DeltaError(TrimtabError):
+    """A delta that does not fit its base."""
+
+
+class ArchitectureError(TrimtabError):
+    """A model family that the chosen road cannot build."""
+
+
+class OutputError(TrimtabError):
+    """The result could not be written: no space left, no permission, a file in the way."""
+
+
+class LimitError(TrimtabError):
+    """A limit of the recipe was exceeded: no bundle is published. Exit code 3."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Run a bundle with onnxruntime: no torch, no transformers, no onnx."""
