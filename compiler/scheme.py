@@ -12,7 +12,9 @@ asymmetric:  zero_point is a stored uint of `bits` bits
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from compiler.errors import RecipeError
@@ -48,6 +50,26 @@ class Scheme:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """A scheme for every weight matrix of a model: a default and overrides by name pattern, the last match wins.
+
+    Names are the fused matrices of the graph: `model.layers.3.attn.qkv_proj`, `model.layers.3.attn.o_proj`,
+    `model.layers.3.mlp.gate_up_proj`, `model.layers.3.mlp.down_proj`, `lm_head`, `model.embed_tokens`.
+    A tied embedding follows `lm_head`: both are one stored tensor.
+    """
+
+    default: Scheme
+    overrides: Mapping[str, Scheme] = field(default_factory=dict)
+
+    def of(self, name: str) -> Scheme:
+        chosen = self.default
+        for pattern, scheme in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                chosen = scheme
+        return chosen
 
 
 def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
