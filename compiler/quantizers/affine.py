@@ -5,7 +5,7 @@ Every fast quantizer must give the same codes, scales and zero points bit for bi
 
 Scale rules (float32 throughout, ties to even as numpy.rint does):
 1. symmetric, zero point z = 2**(bits-1): scale = extreme / -z, where extreme is the element of largest magnitude with
-   its sign. The extreme lands exactly on code 0, so all 2**bits codes serve and no sign is clipped (the Q4_0 rule of
+   its sign (max when max >= -min, else min). The extreme lands exactly on code 0, so all 2**bits codes serve and no sign is clipped (the Q4_0 rule of
    llama.cpp; onnxruntime's own default is the same). A scale may therefore be negative.
 2. asymmetric: the range is widened to hold 0; scale = (max - min) / (2**bits - 1); zero_point = rint(-min / scale).
 3. a group of zeros has scale 0 and code z (symmetric) or 0 (asymmetric, zero point 0).
@@ -48,16 +48,16 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
     blocks = padded.reshape(rows, groups, scheme.group_size)
     middle, top = 1 << (scheme.bits - 1), (1 << scheme.bits) - 1
     if scheme.symmetric:  # rule 1
-        largest = np.abs(blocks).argmax(axis=2)[..., None]
-        scales = (np.take_along_axis(blocks, largest, axis=2) / np.float32(-middle))[..., 0]
+        low, high = blocks.min(axis=2), blocks.max(axis=2)
+        scales = np.where(high >= -low, high, low) / np.float32(-middle)
         zero_points = np.full(scales.shape, middle, np.uint8)
     else:  # rule 2
         low = np.minimum(blocks.min(axis=2), np.float32(0))
         high = np.maximum(blocks.max(axis=2), np.float32(0))
         scales = (high - low) / np.float32(top)
         zero_points = np.rint(-low * reciprocal(scales)).clip(0, top).astype(np.uint8)
-    codes = np.rint(blocks * reciprocal(scales)[..., None]) + zero_points[..., None].astype(np.float32)
-    codes = codes.clip(0, top).astype(np.uint8).reshape(rows, -1)
+    steps = (blocks * reciprocal(scales)[..., None]).astype(np.float64)  # float64 holds step + zero point exactly: one rounding
+    codes = np.rint(steps + zero_points[..., None]).clip(0, top).astype(np.uint8).reshape(rows, -1)
     return Quantized(codes, scales, None if scheme.symmetric else zero_points, scheme, width)
 
 
