@@ -1,0 +1,167 @@
+"""`Recipe`: what the user asks for. Read from YAML, checked once, frozen.
+
+Paths in a recipe are relative to the recipe's own folder. An unknown key is an error that names its path and the
+nearest key that exists; a number that is not finite is an error; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from compiler.errors import RecipeError
+from compiler.limits import quantity
+from compiler.scheme import Schemes, parse_scheme
+from compiler.text import nearest, read_yaml
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Part(BaseModel):
+    """A piece of a recipe: frozen, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DeltaItem(Part):
+    """One trained delta: anything PEFT writes for LoRA, and its weight in the mixture."""
+
+    path: str
+    weight: float = 1.0
+
+
+class Quantize(Part):
+    """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}."""
+
+    scheme: str = "int4-g64"
+    method: Literal["rtn"] = "rtn"
+    calibration: Literal["builtin"] = "builtin"
+    layers: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def schemes(self) -> Schemes:
+        overrides = {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
+        return Schemes(parse_scheme(self.scheme), overrides)
+
+
+class Evaluate(Part):
+    """Data to compare the bundle with the merged fp32 model on: text, JSONL chats (`messages`) or labelled rows (`text`, `label`)."""
+
+    data: str | None = None  # None: the built-in text
+    metrics: Sequence[str] = ()
+    limit_rows: int | None = Field(default=None, ge=1)
+
+
+class TargetItem(Part):
+    """A machine and what the bundle must not exceed on it."""
+
+    profile: str = "here"
+    limits: Mapping[str, float] = Field(default_factory=dict)
+
+    @field_validator("limits")
+    @classmethod
+    def known_and_finite(cls, limits: Mapping[str, float]) -> Mapping[str, float]:
+        for name, value in limits.items():
+            quantity(name, f"targets.limits.{name}")
+            if not math.isfinite(value):
+                raise RecipeError(f"targets.limits.{name}", expected="a finite number", found=str(value), remedy="write the limit as a plain number")
+        return limits
+
+
+class Recipe(Part):
+    """The whole recipe; see docs/recipe.md for every key."""
+
+    name: Name
+    base: str
+    deltas: Sequence[DeltaItem] = ()
+    combine: Literal["linear"] = "linear"
+    distil: None = None
+    quantize: Quantize = Quantize()
+    evaluate: Evaluate = Evaluate()
+    targets: Sequence[TargetItem] = (TargetItem(),)
+    task: str | None = None
+    max_length: int | None = Field(default=None, ge=16)
+    seed: int = 0
+
+    _folder: Path = Path()
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self._folder
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Recipe from a YAML file, with `key.path=value` settings laid over it. Raises RecipeError."""
+    raw = read_yaml(path)
+    for setting in settings:
+        _override(raw, setting)
+    return parse_recipe(raw, path)
+
+
+def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
+    """Checked recipe from a mapping; `path` names it in messages and anchors its relative paths."""
+    try:
+        recipe = Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        raise _first_problem(error, path) from error
+    for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
+        raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
+    _ = recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
+    recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
+    return recipe
+
+
+def _override(raw: dict[str, Any], setting: str) -> None:
+    """`quantize.scheme=int4-g32` or `targets.0.limits.size_mb=90` laid over the raw mapping."""
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {setting}", expected="key.path=value", found="no `=`", remedy="for example --set quantize.scheme=int4-g32")
+    node: Any = raw
+    parts = key.split(".")
+    for part in parts[:-1]:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise RecipeError(f"--set {setting}", expected=f"a mapping or a list entry at {part!r}", found=type(node).__name__, remedy="check the path")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {setting}", expected="a YAML value", found=repr(text), remedy="quote the value") from error
+    if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
+        node[int(parts[-1])] = value
+    elif isinstance(node, dict):
+        node[parts[-1]] = value
+    else:
+        raise RecipeError(f"--set {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
+
+
+def _first_problem(error: ValidationError, path: Path) -> RecipeError:
+    """pydantic's first complaint in our words: path of the key, expected, found, remedy."""
+    problem = error.errors()[0]
+    place = f"{path}: {'.'.join(str(part) for part in problem['loc']) or 'recipe'}"
+    found = repr(problem["input"]) if not isinstance(problem["input"], (dict, list)) else type(problem["input"]).__name__
+    if problem["type"] == "extra_forbidden":
+        siblings = _keys_at(problem["loc"][:-1])
+        key = str(problem["loc"][-1])
+        return RecipeError(place, expected=f"one of {', '.join(siblings)}", found=f"unknown key {key!r}", remedy=nearest(key, siblings))
+    if problem["type"] == "missing":
+        return RecipeError(place, expected="this key", found="nothing", remedy="add it; see docs/recipe.md")
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return RecipeError(place, expected=expected, found=found, remedy="see docs/recipe.md for what this key takes")
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """The keys that may stand at a location such as ("targets", 0)."""
+    model: type[BaseModel] = Recipe
+    rooms: dict[str, type[BaseModel]] = {"deltas": DeltaItem, "quantize": Quantize, "evaluate": Evaluate, "targets": TargetItem}
+    for part in location:
+        model = rooms.get(str(part), model)
+    return sorted(model.model_fields)

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from compiler.errors import RecipeError
+from compiler.recipe import load_recipe
+
+GOOD = """
+name: support-assistant
+base: models/base
+deltas:
+  - path: adapters/support
+    weight: 0.5
+quantize: {scheme: int4-g32-asym, layers: {lm_head: int8-g32}}
+targets:
+  - profile: here
+    limits: {size_mb: 105, ttft_p95_ms: 400}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_reads_what_it_says(write, tmp_path):
+    recipe = load_recipe(write(GOOD))
+    assert recipe.folder == tmp_path
+    assert recipe.deltas[0].weight == 0.5
+    assert str(recipe.quantize.schemes.of("lm_head")) == "int8-g32"
+    assert str(recipe.quantize.schemes.of("model.layers.0.mlp.down_proj")) == "int4-g32-asym"
+    assert recipe.targets[0].limits["ttft_p95_ms"] == 400
+
+
+def test_set_lays_values_over_the_file(write):
+    recipe = load_recipe(write(GOOD), ["quantize.scheme=int8-g64", "targets.0.limits.size_mb=90", "seed=7"])
+    assert (recipe.quantize.scheme, recipe.targets[0].limits["size_mb"], recipe.seed) == ("int8-g64", 90, 7)
+
+
+BAD = {
+    "unknown key": (GOOD + "quantise: int4\n", r"recipe.yaml: quantise: expected one of .* found unknown key 'quantise'; did you mean 'quantize'\?"),
+    "unknown nested key": (GOOD.replace("weight: 0.5", "wieght: 0.5"), r"deltas.0.wieght: .*did you mean 'weight'\?"),
+    "unknown limit": (GOOD.replace("size_mb", "sise_mb"), r"limits.sise_mb: .*did you mean 'size_mb'\?"),
+    "NaN limit": (GOOD.replace("105", ".nan"), r"targets.0.limits.size_mb: expected a finite number"),
+    "infinite limit": (GOOD.replace("105", ".inf"), r"targets.0.limits.size_mb: expected a finite number"),
+    "text limit": (GOOD.replace("105", "small"), r"targets.0.limits.size_mb: expected a valid number"),
+    "unknown scheme": (GOOD.replace("int4-g32-asym", "int3-g32"), r"quantize.scheme: expected int4-gN"),
+    "unknown layer scheme": (GOOD.replace("int8-g32", "int9"), r"quantize.layers.lm_head"),
+    "missing base": (GOOD.replace("base: models/base\n", ""), r"recipe.yaml: base: expected this key"),
+    "duplicate key": (GOOD + "name: other\n", r"recipe.yaml:\d+:1: expected plain YAML, found key 'name' appears twice"),
+    "alias": ("name: &a x\nbase: *a\n", r"aliases are not allowed"),
+    "tag": ("name: !!python/object:os.system x\n", r"explicit tag .* is not allowed"),
+    "list": ("- 1\n", r"expected a mapping"),
+    "broken": ("name: [\n", r"expected plain YAML"),
+    "same target twice": (GOOD + "  - profile: here\n", r"'here' twice"),
+    "bad name": (GOOD.replace("support-assistant", "../../etc"), r"recipe.yaml: name"),
+    "unbuilt method": (GOOD.replace("scheme: int4-g32-asym,", "scheme: int4-g32-asym, method: gptq,"), r"quantize.method: expected 'rtn'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_are_told_in_one_line(case, write):
+    text, message = BAD[case]
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(text))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("setting", ["scheme", "name.x=1", "targets.5.limits=1"])
+def test_bad_settings(setting, write):
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe(write(GOOD), [setting])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="expected a readable file"):
+        load_recipe(tmp_path / "none.yaml")
