@@ -27,7 +27,8 @@ class TensorView:
     name: str
     shape: tuple[int, ...]
     dtype: str  # as stored: F32, F16, BF16, Q4_1, ...
-    rows: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, *shape[1:]]
+    rows: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, *shape[1:]], an array of the caller's own
+    raw: Callable[[int, int], bytes] | None = None  # the same rows as stored, little endian, where nothing changed them
 
     @property
     def row_count(self) -> int:
