@@ -1,0 +1,106 @@
+"""Chat templates, rendered as transformers renders them, in a sandbox with a budget.
+
+A template comes from outside and is a program. Three rules:
+
+1. jinja2's ImmutableSandboxedEnvironment: no private attributes, no changes to what is passed in.
+2. A budget: range() elements, the size of products and powers, and the length of the output are bounded.
+3. Whatever it raises reaches the user as one line that names the template.
+
+What a template may use is what transformers offers (transformers.utils.chat_template_utils): trim_blocks, lstrip_blocks, loop controls,
+{% generation %}, the filter tojson, the functions raise_exception and strftime_now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from targets.errors import BundleError
+
+OUTPUT_CAP_CHARS = 8 << 20
+RANGE_BUDGET = 1_000_000
+PRODUCT_CAP = 1 << 20
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's words for training; here its body is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it as a plain class attribute)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox of jinja2, which bounds one range() but neither nested ones nor `"x" * 10**9`."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+        self.range_left = RANGE_BUDGET
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["range"] = self._range
+
+    def _range(self, *bounds: int) -> range:
+        steps = range(*bounds)
+        self.range_left -= len(steps)
+        if self.range_left < 0:
+            raise SecurityError(f"more than {RANGE_BUDGET} steps of range()")
+        return steps
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)) and abs(left) <= 1024 and abs(right) <= 64):
+            raise SecurityError("a power that large is not allowed")
+        sizes = [len(side) if isinstance(side, (str, list, tuple)) else side for side in (left, right)]
+        if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)) and sizes[0] * sizes[1] > PRODUCT_CAP:
+            raise SecurityError(f"a repetition of more than {PRODUCT_CAP} elements is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    # jinja2's own tojson escapes for HTML, which would put < into prompts.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def render_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None, add_generation_prompt: bool = True, now: datetime | None = None
+) -> str:
+    """The prompt of a conversation.
+
+    messages   [{"role": "user", "content": "Hello"}, ...]
+    variables  what else the template may read: bos_token, eos_token, tools, enable_thinking ...
+    now        the clock of strftime_now; the present when None
+
+    Raises BundleError when the template is wrong, unsafe, or exceeds its budget.
+    """
+    sandbox = _Sandbox()
+    sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
+    values = {"tools": None, "documents": None, **(variables or {}), "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+    written, length = [], 0
+    try:
+        for piece in sandbox.from_string(template).generate(values):
+            length += len(piece)
+            if length > OUTPUT_CAP_CHARS:
+                raise SecurityError(f"an output of more than {OUTPUT_CAP_CHARS} characters")
+            written.append(piece)
+    except SecurityError as error:
+        raise BundleError("chat template", expected="a template that only reads its messages", found=f"unsafe: {error}", remedy="do not use this bundle's chat template") from error
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise BundleError("chat template", expected="a template that renders these messages", found=found, remedy="change the messages or the template") from error
+    return "".join(written)

@@ -1,0 +1,262 @@
+"""The decode loop: one IOBinding, one key/value buffer per layer that is past and present at once, nothing allocated per token.
+
+Why it looks like this:
+
+* onnxruntime copies the whole cache every step unless past and present are the same memory. GroupQueryAttention writes in place when they are.
+* input_ids, attention_mask and logits are numpy arrays bound by address: a step writes one integer, runs, and reads the logits where they lie.
+* The cache is [batch, kv_heads, capacity, head]; capacity grows by doubling, because a growth copies everything and because reserving the whole context
+  would count in the memory of a device that never fills it.
+* Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
+* A long prompt may run in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from targets.errors import BundleError, TrimtabError
+
+Floats = NDArray[np.floating[Any]]
+ALIGNMENT_BYTES = 64
+FIRST_CAPACITY = 256
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_REMEDY = "build the bundle again: decoders follow onnxruntime-genai's names"
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One key or value buffer: the graph's names for it, its shape without batch and capacity, its type."""
+
+    past: str
+    present: str
+    heads: int
+    head_size: int
+    dtype: type[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the graph takes and gives, read from genai_config.json and checked against the session."""
+
+    input_ids: str
+    attention_mask: str
+    position_ids: str
+    logits: str
+    logits_dtype: type[np.floating[Any]]
+    vocab_size: int
+    last_token_only: bool
+    slots: tuple[CacheSlot, ...]
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return sum(slot.heads * slot.head_size * np.dtype(slot.dtype).itemsize for slot in self.slots)
+
+
+def read_layout(session: Any, genai: dict[str, Any], place: str) -> Layout:
+    """The layout of a decoder graph. Raises BundleError when config and graph disagree."""
+    decoder = genai.get("model", {}).get("decoder", {})
+    inputs = {node.name: node for node in session.get_inputs()}
+    outputs = {node.name: node for node in session.get_outputs()}
+    given, made = decoder.get("inputs", {}), decoder.get("outputs", {})
+    names = {key: given.get(key, key) for key in ("input_ids", "attention_mask", "position_ids")}
+    logits = made.get("logits", "logits")
+    missing = [names[key] for key in ("input_ids", "attention_mask") if names[key] not in inputs] + ([] if logits in outputs else [logits])
+    slots = []
+    for layer in range(int(decoder.get("num_hidden_layers", 0))):
+        for part in ("key", "value"):
+            past = given.get(f"past_{part}_names", f"past_key_values.%d.{part}").replace("%d", str(layer))
+            present = made.get(f"present_{part}_names", f"present.%d.{part}").replace("%d", str(layer))
+            if past not in inputs or present not in outputs:
+                missing.append(past)
+                continue
+            shape, kind = inputs[past].shape, _TYPES.get(inputs[past].type)
+            heads = shape[1] if isinstance(shape[1], int) else int(decoder["num_key_value_heads"])
+            size = shape[3] if isinstance(shape[3], int) else int(decoder["head_size"])
+            if kind not in (np.float32, np.float16):
+                raise BundleError(f"{place}: {past}", expected="a float or float16 cache", found=inputs[past].type, remedy=_REMEDY)
+            slots.append(CacheSlot(past, present, heads, size, kind))
+    known = {*names.values(), *(slot.past for slot in slots)}
+    missing += [f"a value for input {name}" for name in inputs if name not in known]
+    if missing or not slots:
+        raise BundleError(place, expected="the inputs and outputs that genai_config.json names", found=f"no {', '.join(missing) or 'cache'}", remedy=_REMEDY)
+    shape = outputs[logits].shape
+    vocab = shape[-1] if isinstance(shape[-1], int) else int(genai["model"]["vocab_size"])
+    position = names["position_ids"] if names["position_ids"] in inputs else ""
+    return Layout(names["input_ids"], names["attention_mask"], position, logits, _TYPES[outputs[logits].type], vocab, shape[1] == 1, tuple(slots))
+
+
+def aligned_zeros(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+    """Zeros whose first element lies on a 64-byte boundary, as the kernels' loads want it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class DecodeLoop:
+    """Runs one batch of sequences through the graph, step by step. Not for use from several threads at once.
+
+    start([[5, 6, 7]]) -> logits [1, vocab] after token 7; step([8]) -> logits after token 8.
+    """
+
+    def __init__(self, session: Any, layout: Layout, context_length: int) -> None:
+        self.layout, self.context_length = layout, context_length
+        self._session, self._binding = session, session.io_binding()
+        self._cache: list[NDArray[Any]] = []
+        self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)  # [batch] tokens in the cache, without padding
+        self._capacity = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that the cache has room for now."""
+        return self._capacity
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per row in the cache, [batch]."""
+        return self._lengths.copy()
+
+    def start(self, prompts: Sequence[Sequence[int]], *, chunk: int = 0, expect_new: int = 0) -> Floats:
+        """Forget what was, run the prompts, return the logits after each last token [batch, vocab].
+
+        chunk       tokens per run of a single prompt; 0 = all at once
+        expect_new  tokens that will follow: room for up to that many is made ahead where it costs little
+        Raises TrimtabError for an empty prompt and for one that fills the context.
+        """
+        for prompt in prompts:
+            if not prompt or len(prompt) > self.context_length:
+                found = "no tokens" if not prompt else f"{len(prompt)} tokens"
+                raise TrimtabError("prompt", expected=f"1 to {self.context_length} tokens", found=found, remedy="shorten the prompt: that is this model's context")
+        longest = max(len(prompt) for prompt in prompts)
+        self._reserve(len(prompts), longest + min(expect_new, FIRST_CAPACITY))
+        self._lengths = np.zeros(len(prompts), np.int64)
+        if len(prompts) > 1 or chunk <= 0:
+            return self._prefill([list(prompt) for prompt in prompts])
+        logits: Floats = np.zeros((1, self.layout.vocab_size), self.layout.logits_dtype)
+        for at in range(0, longest, chunk):
+            logits = self._prefill([list(prompts[0][at : at + chunk])])
+        return logits
+
+    def step(self, ids: NDArray[np.int64] | Sequence[int], active: NDArray[np.bool_] | None = None) -> Floats:
+        """Append one token per row, return the logits after it [batch, vocab]: a view that the next step overwrites.
+
+        active [batch]: rows that are False have finished; they keep their length and their logits mean nothing.
+        """
+        self._lengths += 1 if active is None else active
+        total = int(self._lengths.max())
+        if total > self.context_length:
+            raise TrimtabError("generation", expected=f"at most {self.context_length} tokens", found=f"{total}", remedy="shorten the prompt or ask for fewer new tokens")
+        if total > self._capacity:
+            self._grow(total)
+        self._ids[:, 0] = ids
+        self._bind_mask(total)
+        if self.layout.position_ids:
+            self._positions[:, 0] = self._lengths - 1
+        self._run()
+        return self._logits[:, 0]
+
+    def all_logits(self, ids: NDArray[np.int64]) -> Floats:
+        """Teacher-forced logits [batch, tokens, vocab] for ids [batch, tokens]: position t holds the logits after token t.
+
+        One run where the graph keeps all positions; a graph with last-token logits is stepped, all rows in lock step.
+        """
+        batch, tokens = ids.shape
+        if not self.layout.last_token_only:
+            self._reserve(batch, tokens)
+            self._lengths = np.zeros(batch, np.int64)
+            return self._run_prompt(ids.astype(np.int64), np.full(batch, tokens))
+        logits = np.empty((batch, tokens, self.layout.vocab_size), self.layout.logits_dtype)
+        logits[:, 0] = self.start([[int(first)] for first in ids[:, 0]], expect_new=tokens - 1)
+        for at in range(1, tokens):
+            logits[:, at] = self.step(ids[:, at])
+        return logits
+
+    def _prefill(self, prompts: list[list[int]]) -> Floats:
+        """Append prompts (a chunk of one, or whole ones padded on the right); logits after the last tokens [batch, vocab]."""
+        counts = np.array([len(prompt) for prompt in prompts], np.int64)
+        if len(prompts) == 1 and counts[0] == 1 and self._lengths[0] > 0:
+            return self.step(prompts[0])
+        ids = np.zeros((len(prompts), int(counts.max())), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        logits = self._run_prompt(ids, counts)
+        return logits[:, 0] if self.layout.last_token_only else logits[np.arange(len(prompts)), counts - 1]
+
+    def _run_prompt(self, ids: NDArray[np.int64], counts: NDArray[Any]) -> Floats:
+        before = int(self._lengths.max())
+        self._lengths += counts
+        total = before + ids.shape[1]
+        if total > self._capacity:
+            self._grow(total)
+        self._bind_input(self.layout.input_ids, np.ascontiguousarray(ids))
+        self._bind_mask(total)
+        if self.layout.position_ids:
+            self._bind_input(self.layout.position_ids, np.tile(np.arange(before, total), (len(ids), 1)))
+        width = 1 if self.layout.last_token_only else ids.shape[1]
+        logits = aligned_zeros((len(ids), width, self.layout.vocab_size), self.layout.logits_dtype)
+        self._bind_output(self.layout.logits, logits)
+        self._run()
+        self._bind_step(len(ids))
+        return logits
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except RuntimeError as error:
+            found = " ".join(str(error).split())
+            raise BundleError("model.onnx", expected="a graph that runs", found=found[:300], remedy="check the bundle with `trimtab verify`") from error
+
+    def _bind_step(self, batch: int) -> None:
+        """Back to the buffers of single steps."""
+        self._ids = aligned_zeros((batch, 1), np.int64)
+        self._logits = aligned_zeros((batch, 1, self.layout.vocab_size), self.layout.logits_dtype)
+        self._bind_input(self.layout.input_ids, self._ids)
+        self._bind_output(self.layout.logits, self._logits)
+        if self.layout.position_ids:
+            self._positions = aligned_zeros((batch, 1), np.int64)
+            self._bind_input(self.layout.position_ids, self._positions)
+
+    def _bind_mask(self, total: int) -> None:
+        """attention_mask [batch, total]: ones up to each row's length."""
+        if len(self._lengths) == 1:
+            self._mask = self._ones[:, :total]  # all ones: a longer view of one buffer
+        else:
+            self._mask = (np.arange(total) < self._lengths[:, None]).astype(np.int64)
+        self._bind_input(self.layout.attention_mask, self._mask)
+
+    def _reserve(self, batch: int, tokens: int) -> None:
+        """A cache for `batch` rows with room for `tokens`; one that is there and fits is used again (old values lie beyond every mask)."""
+        if self._cache and len(self._cache[0]) == batch and self._capacity >= tokens:
+            return
+        self._allocate(batch, min(max(FIRST_CAPACITY, _round_up(tokens)), self.context_length))
+
+    def _grow(self, tokens: int) -> None:
+        """Room for at least `tokens`, by doubling; the tokens so far are kept."""
+        old, used = self._cache, self._capacity
+        self._allocate(len(self._lengths), min(max(2 * used, _round_up(tokens)), self.context_length))
+        for new, before in zip(self._cache, old, strict=True):
+            new[:, :, :used] = before
+
+    def _allocate(self, batch: int, capacity: int) -> None:
+        self._capacity = capacity
+        self._ones = np.ones((1, capacity), np.int64)
+        self._cache = [aligned_zeros((batch, slot.heads, capacity, slot.head_size), slot.dtype) for slot in self.layout.slots]
+        for slot, buffer in zip(self.layout.slots, self._cache, strict=True):
+            self._bind_input(slot.past, buffer)
+            self._bind_output(slot.present, buffer)
+
+    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
+        # By address: onnxruntime keeps no reference, so every array bound here is an attribute of self or lives until the run returns.
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+
+    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // FIRST_CAPACITY) * FIRST_CAPACITY

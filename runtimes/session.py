@@ -1,0 +1,85 @@
+"""One way to open an onnxruntime session: nothing leaves the machine, and every option has its reason here.
+
+threads      intra-op threads. An explicit number also drops onnxruntime's pinning, which is wrong inside a container with fewer cores than the host.
+spinning     worker threads spin between operators. A decode step is some hundred short parallel regions: sleeping between them costs more than the work.
+             Right for one tenant, wrong on a battery or a shared machine.
+sequential   one operator at a time: transformer graphs are chains, and parallel execution only splits the caches.
+mem pattern  off: it plans buffers for the shapes of an earlier run, and lengths change from call to call.
+denormals    flushed to zero only where asked: it changes results in the last bits.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from targets.errors import BundleError
+
+REMEDY = "check the bundle with `trimtab verify`, and its onnxruntime version against the one named in manifest.json"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its affinity, not the machine's count. At least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session runs. threads 0 = as many as this process has cores."""
+
+    threads: int = 0
+    spinning: bool = True
+    flush_denormals: bool = False
+    use_arena: bool = True
+    profile_prefix: str = ""
+
+    def resolved_threads(self) -> int:
+        return self.threads or usable_cores()
+
+
+def open_session(model_path: Path, settings: SessionSettings | None = None) -> Any:
+    """An onnxruntime.InferenceSession on the CPU. Raises BundleError, in one line, when the model does not load.
+
+    Warnings of onnxruntime are kept off the terminal (severity 3): what matters is checked by us and said in our words.
+    """
+    import onnxruntime
+
+    settings = settings or SessionSettings()
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.resolved_threads()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = settings.use_arena
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1" if settings.flush_denormals else "0")
+    if settings.profile_prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = settings.profile_prefix
+    if not Path(model_path).is_file():
+        raise BundleError(str(model_path), expected="an ONNX file", found="none", remedy=REMEDY)
+    try:
+        return onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+    except _load_errors() as error:
+        raise BundleError(str(model_path), expected="a model that onnxruntime loads", found=_one_line(error), remedy=REMEDY) from error
+
+
+def _load_errors() -> tuple[type[BaseException], ...]:
+    """onnxruntime's own error classes share no base but Exception; those that a bad file causes are named here."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException", "EPFail")
+    return (*(getattr(state, name) for name in names if hasattr(state, name)), RuntimeError)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
