@@ -1,0 +1,5 @@
+"""`python -m compiler` is `trimtab`."""
+
+from compiler.cli import main
+
+main()

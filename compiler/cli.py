@@ -1,0 +1,369 @@
+"""The command line: parse, one library call, print. Heavy imports happen inside the command that needs them.
+
+Exit codes: 0 done or PASS, 1 error, 2 usage, 3 limit exceeded (FAIL), 4 INCONCLUSIVE.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from targets.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from compiler.progress import Progress
+    from compiler.store import Store
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist yet or be empty.")
+DELTAS = click.option("--delta", "deltas", multiple=True, metavar="PATH[=WEIGHT]", help="A trained delta and its weight (default 1.0); repeatable.")
+LIMITS = click.option("--limit", "limits", multiple=True, metavar="KEY=VALUE", help="A limit laid over the bundle's own, e.g. tpot_p95_ms=12.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="trimtab")
+def cli() -> None:
+    """Compile a base transformer plus its trained deltas into a verified deployment bundle for one named machine.
+
+    \b
+    Example:
+      trimtab compile examples/01-support-assistant/recipe.yaml --out out
+      trimtab run out/support-assistant-here "Spindle 2 is overheating."
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
+    try:
+        cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = 0
+    except TrimtabError as error:
+        click.echo(f"trimtab: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("trimtab: interrupted; nothing was published", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing left to say
+        code = 1
+    sys.exit(code)
+
+
+def _progress(as_json: bool) -> Progress:
+    from compiler.progress import Progress
+
+    return Progress(quiet=as_json)
+
+
+def _store() -> Store:
+    from compiler.store import Store
+
+    return Store.default()
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@cli.command("compile")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--target", "targets", multiple=True, help="Only these profiles of the recipe; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder that receives the bundles.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe, e.g. quantize.scheme=int4-g32.")
+@AS_JSON
+def compile_command(recipe: Path, targets: tuple[str, ...], out: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Compile RECIPE: merge, quantize, export, validate, package. Publishes a bundle only when its verdict is PASS.
+
+    \b
+    Example:
+      trimtab compile recipe.yaml --out out --set quantize.scheme=int4-g32
+    """
+    from compiler.pipeline import compile_recipe
+    from compiler.recipe import load_recipe
+    from compiler.report.summary import print_report, summary_line
+
+    outcomes = compile_recipe(load_recipe(recipe, settings), _store(), out, _progress(as_json), only=targets)
+    if as_json:
+        _print_json([outcome.as_dict() for outcome in outcomes])
+    else:
+        for outcome in outcomes:
+            print_report(outcome.document)
+            click.echo(summary_line(outcome.document))
+            click.echo(f"bundle  {outcome.bundle}" if outcome.bundle else "bundle  none: a bundle is published only on PASS")
+            click.echo(f"report  {outcome.report}")
+    raise click.exceptions.Exit(_worst_exit(outcome.exit_code for outcome in outcomes))
+
+
+def _worst_exit(codes: Any) -> int:
+    """FAIL (3) outweighs INCONCLUSIVE (4) outweighs PASS (0)."""
+    return max(codes, key=lambda code: {0: 0, 4: 1, 3: 2}[code], default=0)
+
+
+@cli.command("plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe.")
+@AS_JSON
+def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Show what compiling RECIPE will run, what is cached, and the predicted size.
+
+    \b
+    Example:
+      trimtab plan recipe.yaml
+    """
+    from compiler.pipeline import plan_recipe
+    from compiler.recipe import load_recipe
+
+    plans = plan_recipe(load_recipe(recipe, settings), _store())
+    if as_json:
+        _print_json(plans)
+        return
+    for plan in plans:
+        click.echo(f"{plan['name']} for {plan['target']}: about {plan['predicted_size_mb']:.1f} MB of weights (predicted)")
+        for row in plan["steps"]:
+            click.echo(f"  {row['stage']:9s} {row['state']:12s} {row['key'][:12]:13s}{_brief(row['params'])}")
+
+
+def _brief(params: dict[str, Any]) -> str:
+    text = ", ".join(f"{key}={json.dumps(value)}" for key, value in params.items() if value not in (None, {}, []))
+    return text if len(text) < 100 else text[:97] + "..."
+
+
+@cli.command("merge")
+@click.argument("base")
+@DELTAS
+@click.option("--combine", default="linear", show_default=True, help="How several deltas are combined.")
+@click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), help="Stored type; default: as in the base.")
+@OUT
+@AS_JSON
+def merge_command(base: str, deltas: tuple[str, ...], combine: str, dtype: str | None, out: Path, as_json: bool) -> None:
+    """Merge deltas into BASE and write a checkpoint, block by block.
+
+    \b
+    Example:
+      trimtab merge models/base --delta adapters/a=0.7 --delta adapters/b=0.3 --out merged
+    """
+    from compiler import pipeline
+
+    _finish(pipeline.merge_files(base, _weighted(deltas), combine, dtype, out, _progress(as_json)), as_json)
+
+
+@cli.command("quantize")
+@click.argument("base")
+@DELTAS
+@click.option("--scheme", required=True, help="int4-gN[-asym], int8-gN[-asym].")
+@OUT
+@AS_JSON
+def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path, as_json: bool) -> None:
+    """Write BASE (with deltas merged) as a float32 checkpoint whose weights went through SCHEME: what the bundle will know.
+
+    \b
+    Example:
+      trimtab quantize models/base --scheme int4-g32 --out seen-through-int4
+    """
+    from compiler import pipeline
+
+    _finish(pipeline.quantize_files(base, _weighted(deltas), scheme, out, _progress(as_json)), as_json)
+
+
+@cli.command("export")
+@click.argument("base")
+@DELTAS
+@click.option("--scheme", default="fp32", show_default=True, help="int4-gN[-asym], int8-gN[-asym], int8, fp16, fp32.")
+@click.option("--task", help="Encoder task; default: read from the checkpoint.")
+@OUT
+@AS_JSON
+def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | None, out: Path, as_json: bool) -> None:
+    """Merge, quantize and write BASE as ONNX in one stream, without validation.
+
+    \b
+    Example:
+      trimtab export models/base --delta adapters/a --scheme int4-g64 --out onnx
+    """
+    from compiler import pipeline
+
+    _finish(pipeline.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo("  ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, (list, dict))))
+
+
+def _weighted(deltas: Sequence[str]) -> list[tuple[str, float]]:
+    """`path=0.5` -> ("path", 0.5). Only a number after the last `=` is a weight: paths may hold `=`."""
+    pairs = []
+    for text in deltas:
+        path, separator, weight = text.rpartition("=")
+        try:
+            pairs.append((path, float(weight)) if separator else (text, 1.0))
+        except ValueError:
+            pairs.append((text, 1.0))
+    return pairs
+
+
+@cli.command("validate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", help="Profile name or file; default: the bundle's own target.")
+@LIMITS
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html and report.json.")
+@click.option("--junit", type=click.Path(path_type=Path), help="File for JUnit XML.")
+@AS_JSON
+def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], report: Path | None, junit: Path | None, as_json: bool) -> None:
+    """Verify BUNDLE, measure it on this machine, and decide its limits again.
+
+    \b
+    Example:
+      trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
+    """
+    from compiler.pipeline import validate_bundle
+    from compiler.report.summary import print_report, summary_line
+
+    outcome = validate_bundle(bundle, target, limits, report, junit, _progress(as_json))
+    if as_json:
+        _print_json(outcome.as_dict())
+    else:
+        print_report(outcome.document)
+        click.echo(summary_line(outcome.document))
+    raise click.exceptions.Exit(outcome.exit_code)
+
+
+@cli.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@AS_JSON
+def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> None:
+    """Generate from PROMPT, or encode or classify it, with BUNDLE.
+
+    \b
+    Example:
+      trimtab run out/support-assistant-here "Coolant is dripping under lathe 3."
+    """
+    from compiler.commands import run_bundle
+
+    run_bundle(bundle, prompt, as_json, options)
+
+
+@cli.command("inspect")
+@click.argument("path")
+@AS_JSON
+def inspect_command(path: str, as_json: bool) -> None:
+    """Say what PATH is: a bundle, a checkpoint or an adapter, and what is in it.
+
+    \b
+    Example:
+      trimtab inspect out/support-assistant-here
+    """
+    from compiler.commands import describe
+
+    description = describe(path)
+    if as_json:
+        _print_json(description)
+        return
+    for key, value in description.items():
+        click.echo(f"{key:14s} {value if not isinstance(value, (list, dict)) else json.dumps(value, ensure_ascii=False)}")
+
+
+@cli.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--no-selftest", is_flag=True, help="Check hashes only.")
+@AS_JSON
+def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
+    """Check every hash of BUNDLE, then let it answer its own self-test.
+
+    \b
+    Example:
+      trimtab verify out/support-assistant-here
+    """
+    from runtimes.bundle import verify_bundle
+    from runtimes.selftest import run_selftest
+
+    files = verify_bundle(bundle)
+    canaries = [] if no_selftest else run_selftest(bundle)
+    if as_json:
+        _print_json({"bundle": str(bundle), "files": len(files), "canaries": len(canaries), "verified": True})
+    else:
+        click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
+
+
+@cli.group("targets")
+def targets_group() -> None:
+    """Machines: the profiles that are known, and this one.
+
+    \b
+    Example:
+      trimtab targets show here
+    """
+
+
+@targets_group.command("list")
+@AS_JSON
+def targets_list(as_json: bool) -> None:
+    """List the known profiles.
+
+    \b
+    Example:
+      trimtab targets list
+    """
+    from compiler.commands import list_targets
+
+    rows = list_targets()
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"{row['id']:24s} {row['summary']}")
+
+
+@targets_group.command("show")
+@click.argument("profile", default="here")
+@AS_JSON
+def targets_show(profile: str, as_json: bool) -> None:
+    """Show a profile: each field with where it comes from.
+
+    \b
+    Example:
+      trimtab targets show raspberry-pi-5
+    """
+    from compiler.commands import show_target
+
+    fields = show_target(profile)
+    if as_json:
+        _print_json(fields)
+        return
+    for name, value in fields.items():
+        click.echo(f"{name:28s} {value if not isinstance(value, (list, dict)) else json.dumps(value)}")
+
+
+@targets_group.command("probe")
+@click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Time budget.")
+@click.option("--out", type=click.Path(path_type=Path), help="Profile file to write; default: print it.")
+@AS_JSON
+def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
+    """Measure this machine: bandwidth, arithmetic, and onnxruntime's own kernels.
+
+    \b
+    Example:
+      trimtab targets probe --out here.yaml
+    """
+    from compiler.commands import probe_target
+
+    text = probe_target(seconds, out, _progress(as_json), as_json)
+    click.echo(text)

@@ -1,0 +1,95 @@
+"""`Delta` and `Edit`: a trained change of a model, tensor by tensor, row block by row block.
+
+A kind of delta (LoRA, later DoRA, LoKr, sparse, diff ...) is one file that turns stored factors into edits. An edit never
+needs its whole tensor: it is asked for the change of rows it is shown, so a merge holds one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from compiler.errors import DeltaError
+
+# (first row, base rows float32 [n, ...], is the tensor stored transposed) -> difference at weight 1, float32 [n, ...]
+Change = Callable[[int, np.ndarray, bool], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The change of one parameter.
+
+    target      the parameter as the delta spells it: the trained model's own name
+    shape       the shape it was trained on: [out, in] for a linear weight
+    transposes  the base may hold it as [in, out] too (GPT-2's Conv1D)
+    flipped     it was trained on such a tensor (`fan_in_fan_out`): decides for square weights
+    replaces    the rows stand in place of the base's instead of being added; `change` then returns them, whatever base rows it is shown
+    may_add     the base may lack the parameter (a classification head)
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    change: Change = field(repr=False)
+    transposes: bool = False
+    flipped: bool = False
+    replaces: bool = False
+    may_add: bool = False
+
+    def layout(self, shape: tuple[int, ...]) -> bool | None:
+        """Is a base tensor of this shape transposed? None when it does not fit. (4, 3) trained, (3, 4) in the base -> True."""
+        turned = self.transposes and shape == self.shape[::-1]
+        if shape == self.shape:
+            return self.flipped and turned
+        return True if turned else None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One trained change, read lazily.
+
+    kind          lora, ...
+    origin        what the user named, for messages and lineage
+    weight        factor on every difference
+    edits         in the order they apply: replacements first
+    base_name     the base it says it was trained on, "" when it does not say
+    base_digest   digest of that base, None when it does not say
+    labels        id -> label of a classification head, empty when it brings none
+    task          PEFT's task type, "" when it does not say
+    tied          trained with input and output embedding tied (`ensure_weight_tying`)
+    digest        sha256 over the delta's files
+    """
+
+    kind: str
+    origin: str
+    weight: float
+    edits: tuple[Edit, ...] = field(repr=False)
+    digest_of: Callable[[], str] = field(repr=False, compare=False)
+    base_name: str = ""
+    base_digest: str | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    task: str = ""
+    tied: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        return self.digest_of()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters it touches, as it spells them, each once."""
+        return tuple(dict.fromkeys(edit.target for edit in self.edits))
+
+    def apply(self, name: str, block: np.ndarray, first_row: int) -> np.ndarray:
+        """Rows of parameter `name` with this delta alone applied: float32 [n, ...] -> float32 [n, ...], a new array."""
+        for edit in self.edits:
+            if edit.target == name:
+                change = edit.change(first_row, block, edit.flipped)
+                block = change if edit.replaces else block + np.float32(self.weight) * change
+        return block
+
+
+def wrong_delta(origin: str, expected: str, found: str, remedy: str) -> DeltaError:
+    return DeltaError(origin, expected=expected, found=found, remedy=remedy)

@@ -1,0 +1,198 @@
+"""A decoder bundle against the merged fp32 model: KL, agreement, perplexity, and the task itself where rows have answers.
+
+What is scored is the exported graph in onnxruntime, kernels and all, not a simulation of it; the reference is eager
+transformers, which shares no code with our graph builder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compiler.errors import RecipeError
+from compiler.evaluation.data import Row
+
+WINDOW = 512  # tokens of a scored text window; its second half is scored, the first is context
+MAX_WINDOWS = 12
+GENERATE_BATCH = 16
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token sequence [n] of which predictions of tokens first..n-1 count."""
+
+    ids: np.ndarray
+    first: int
+
+
+def scored_sequences(rows: Sequence[Row], tokenizer: Any, render: Callable[..., str] | None, eos: str) -> list[Scored]:
+    """Rows -> scored sequences. A chat is scored on its last message, a text in windows on their second halves.
+
+    render  (messages, add_generation_prompt=...) -> prompt text; None when the model has no chat template
+    Raises RecipeError when chats meet a model without a template, or when nothing is long enough to score.
+    """
+    sequences = []
+    for row in rows:
+        if row.messages is None:
+            sequences += _windows(np.array(tokenizer.encode(row.text, add_special_tokens=False).ids, np.int64))
+            continue
+        if render is None:
+            raise RecipeError("evaluate.data", expected="plain text", found="chats, and a model without a chat template", remedy="give rows of {text}")
+        prompt = tokenizer.encode(render(row.messages[:-1], add_generation_prompt=True), add_special_tokens=False).ids
+        answer = tokenizer.encode(row.answer + eos, add_special_tokens=False).ids
+        sequences.append(Scored(np.array(prompt + answer, np.int64), len(prompt)))
+    if not sequences:
+        raise RecipeError("evaluate.data", expected="at least 16 tokens of text", found="less", remedy="give more text")
+    return sequences
+
+
+def _windows(ids: np.ndarray) -> list[Scored]:
+    if len(ids) < WINDOW:
+        return [Scored(ids, max(1, len(ids) // 2))] if len(ids) >= 16 else []
+    starts = range(0, len(ids) // WINDOW * WINDOW, WINDOW)
+    return [Scored(ids[start : start + WINDOW], WINDOW // 2) for start in starts][:MAX_WINDOWS]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per scored token, all sequences joined: KL in nats, same top-1, both negative log-likelihoods; `groups` numbers the sequence."""
+
+    kl: np.ndarray
+    same: np.ndarray
+    reference_nll: np.ndarray
+    bundle_nll: np.ndarray
+    groups: np.ndarray
+
+
+def score(sequences: Sequence[Scored], reference: Callable[[np.ndarray], np.ndarray], bundle: Callable[[np.ndarray], np.ndarray], report: Report) -> TokenScores:
+    """Compare two models over sequences. Each callable maps ids [1, n] to logits [1, n, vocab]."""
+    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+    for number, sequence in enumerate(sequences):
+        ids = sequence.ids[None]
+        wanted = sequence.ids[sequence.first :]
+        left, right = (log_softmax(model(ids)[0, sequence.first - 1 : -1]) for model in (reference, bundle))
+        rows = np.arange(len(wanted))
+        values = (_kl(left, right), left.argmax(-1) == right.argmax(-1), -left[rows, wanted], -right[rows, wanted], np.full(len(wanted), number))
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+        report("sequences compared", number + 1, len(sequences))
+    return TokenScores(*(np.concatenate(column) for column in columns))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [n, vocab] -> log-probabilities, stable."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def _kl(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """KL(left || right) in nats, per row. A row that is not finite in `right` stays so: it must not pass."""
+    return (np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64)
+
+
+def cluster_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap of a mean over tokens, drawing whole sequences: tokens of one sequence are not independent."""
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def token_metrics(scores: TokenScores, seed: int = 0) -> dict[str, Any]:
+    """The named metrics of TokenScores, each with its 95 % interval."""
+
+    def interval(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+        return cluster_interval(values, groups, seed)
+
+    drift = scores.bundle_nll - scores.reference_nll
+    rows = {
+        "kl_mean": (scores.kl.mean(), interval(scores.kl, scores.groups)),
+        "top1_agreement": (scores.same.mean(), interval(scores.same.astype(np.float64), scores.groups)),
+        "perplexity": (np.exp(scores.bundle_nll.mean()), tuple(np.exp(interval(scores.bundle_nll, scores.groups)))),
+        "perplexity_ratio": (np.exp(drift.mean()), tuple(np.exp(interval(drift, scores.groups)))),
+    }
+    metrics: dict[str, Any] = {name: _metric(value, bounds, len(scores.kl)) for name, (value, bounds) in rows.items()}
+    metrics["kl_p99"] = _metric(np.quantile(scores.kl, 0.99), (None, None), len(scores.kl))
+    metrics["perplexity_reference"] = _metric(np.exp(scores.reference_nll.mean()), (None, None), len(scores.kl))
+    return metrics
+
+
+def _metric(value: Any, bounds: tuple[Any, ...], samples: int) -> dict[str, Any]:
+    low, high = (None if bound is None else float(bound) for bound in bounds)
+    return {"value": float(value), "low": low, "high": high, "samples": samples}
+
+
+def reference_answers(model: Any, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], new_tokens: int, report: Report) -> list[list[int]]:
+    """Greedy continuations by eager transformers, in batches with left padding; the end token is cut off."""
+    import torch
+
+    answers: list[list[int]] = []
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, list[int]] = {}
+    for start in range(0, len(order), GENERATE_BATCH):
+        part = order[start : start + GENERATE_BATCH]
+        width = max(len(prompts[index]) for index in part)
+        ids = torch.zeros((len(part), width), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(part):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0]
+            )
+        for row, index in enumerate(part):
+            found[index] = _until(out[row, width:].tolist(), eos_ids)
+        report("reference answers", min(start + GENERATE_BATCH, len(order)), len(order))
+    answers.extend(found[index] for index in range(len(prompts)))
+    return answers
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The ids before the first end token. [5, 6, 2, 9], ends [2] -> [5, 6]"""
+    return next((ids[:at] for at, token in enumerate(ids) if token in ends), ids)
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    """A share with its exact (Clopper-Pearson) 95 % interval."""
+    from scipy.stats import beta
+
+    n, k = len(hits), int(sum(hits))
+    low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
+    high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+    return {"value": k / n, "low": low, "high": high, "samples": n}
+
+
+def open_all_logits(directory: Path) -> Any:
+    """The exported graph with logits at every position, as a decode loop; the twin graph lies beside the model while it is open."""
+    from compiler.graph.passes import all_logits
+    from runtimes.bundle import read_json_object
+    from runtimes.decode import DecodeLoop, read_layout
+    from runtimes.session import open_session
+
+    twin = directory / "all_logits.onnx"
+    all_logits(directory / "model.onnx", twin)
+    try:
+        session = open_session(twin)
+    finally:
+        twin.unlink(missing_ok=True)
+    genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")
+    return DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
+
+
+def merged_logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Eager transformers as a function ids [1, n] -> logits [1, n, vocab]."""
+    import torch
+
+    def forward(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(model(input_ids=torch.from_numpy(ids)).logits.float().numpy())
+
+    return forward
+

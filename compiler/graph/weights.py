@@ -1,0 +1,177 @@
+"""Weights on their way from the checkpoint to model.onnx.data: read by row block, quantized, appended, forgotten.
+
+Peak memory is one row block and its packed form, plus the scales of the matrix at hand.
+
+Storage by scheme, for a matrix [n, k] with g = ceil(k / group_size) groups:
+    nbits   codes uint8 [n, g, group_size * bits / 8], scales float32 [n, g], zero points uint8 [n, ceil(g * bits / 8)] if asymmetric
+    fp32    float32 [n, k] as the checkpoint has it: FusedMatMul(transB=1) reads it without a transpose, and a tied lookup shares it
+    fp16    float16 [n, k]; a Cast that onnxruntime folds when it loads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.errors import CheckpointError, RecipeError
+from compiler.graph.external_data import DataFile
+from compiler.graph.nodes import MICROSOFT, GraphBuilder
+from compiler.quantizers import nbits
+from compiler.scheme import Scheme, Schemes
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored weight matrix [n, k]. tensors: weight | codes, scales, zero_points; bias float32 [n]."""
+
+    name: str
+    n: int
+    k: int
+    scheme: Scheme
+    tensors: Mapping[str, ir.ExternalTensor]
+    bias: ir.ExternalTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(tensor.length) for tensor in self.tensors.values()) + (int(self.bias.length) if self.bias is not None else 0)
+
+
+@dataclass
+class WeightWriter:
+    """Moves tensors of a checkpoint into the data file and into nodes of the graph.
+
+    done counts the elements written so far, for `progress(matrix, done, total)`.
+    """
+
+    checkpoint: Checkpoint
+    schemes: Schemes
+    data: DataFile
+    graph: GraphBuilder
+    progress: Progress | None = None
+    done: int = 0
+
+    def view(self, name: str, shape: tuple[int, ...]) -> TensorView:
+        """A tensor of the checkpoint. Raises CheckpointError when it is missing or has another shape."""
+        if name not in self.checkpoint.tensors:
+            raise CheckpointError(
+                f"{self.checkpoint.origin}: {name}", expected=f"a tensor of shape {list(shape)}", found="no such tensor", remedy="complete the checkpoint"
+            )
+        view = self.checkpoint.tensors[name]
+        if view.shape != shape:
+            raise CheckpointError(
+                f"{self.checkpoint.origin}: {name}",
+                expected=f"shape {list(shape)} as config.json says",
+                found=f"{list(view.shape)}",
+                remedy="use the config.json that belongs to these weights",
+            )
+        return view
+
+    def vector(self, name: str, width: int, scale: float = 1.0, offset: float = 0.0) -> ir.Value:
+        """A float32 vector [width] as scale * (stored + offset)."""
+        values = self.view(name, (width,)).read()
+        finite(self.checkpoint.origin, name, values)
+        return self.graph.initializer(self.data.add(name, (values + np.float32(offset)) * np.float32(scale)))
+
+    def matrix(self, name: str, sources: Mapping[str, int], k: int, scale: float = 1.0, bias: bool = False) -> Matrix:
+        """Write one matrix of the graph: the `sources` (tensor name without `.weight` -> rows), stacked, times `scale`."""
+        scheme = self.schemes.of(name)
+        views = [self.view(f"{source}.weight", (rows, k)) for source, rows in sources.items()]
+        stored_bias = None
+        if bias:
+            parts = [self.view(f"{source}.bias", (rows,)).read() for source, rows in sources.items()]
+            stored_bias = self.data.add(f"{name}.bias", np.concatenate(parts) * np.float32(scale))
+        n = sum(sources.values())
+        blocks = self._blocks(name, views, scale)
+        tensors = self._quantized(name, (n, k), scheme, blocks) if scheme.quantized else self._float(name, (n, k), scheme, blocks)
+        return Matrix(name, n, k, scheme, tensors, stored_bias)
+
+    def _blocks(self, name: str, views: list[TensorView], scale: float) -> Iterator[np.ndarray]:
+        total = self.checkpoint.parameter_count
+        for view in views:
+            for _, block in view.blocks():
+                yield block if scale == 1.0 else block * np.float32(scale)
+                self.done += block.size
+                if self.progress is not None:
+                    self.progress(name, min(self.done, total), total)
+
+    def _quantized(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
+        if scheme.kernel != "nbits" or scheme.group_size is None:
+            raise RecipeError("quantize.scheme", expected="int4-gN, int8-gN, fp16 or fp32 for a decoder", found=str(scheme), remedy="choose one of these")
+        groups, scales, zero_points = -(-shape[1] // scheme.group_size), [], []
+
+        def codes() -> Iterator[np.ndarray]:
+            for block in blocks:
+                packed = nbits.quantize(block, scheme)
+                scales.append(finite(self.checkpoint.origin, name, packed.scales))  # a bad weight spoils the scale of its group
+                if packed.zero_points is not None:
+                    zero_points.append(packed.zero_points)
+                yield packed.codes
+
+        stored = {"codes": self.data.add_blocks(f"{name}.codes", (shape[0], groups, scheme.group_size * scheme.bits // 8), np.dtype(np.uint8), codes())}
+        stored["scales"] = self.data.add_blocks(f"{name}.scales", (shape[0], groups), np.dtype(np.float32), scales)
+        if zero_points:
+            stored["zero_points"] = self.data.add_blocks(f"{name}.zero_points", (shape[0], -(-groups * scheme.bits // 8)), np.dtype(np.uint8), zero_points)
+        return stored
+
+    def _float(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
+        dtype = np.dtype(np.float16 if scheme.bits == 16 else np.float32)
+
+        def converted() -> Iterator[np.ndarray]:
+            for block in blocks:
+                finite(self.checkpoint.origin, name, block)
+                with np.errstate(over="ignore"):
+                    half = block.astype(dtype)
+                if dtype == np.float16 and not np.isfinite(half).all():
+                    raise RecipeError("quantize.scheme", expected=f"weights of {name} within float16's range", found="a larger one", remedy="choose fp32")
+                yield half
+
+        return {"weight": self.data.add_blocks(f"{name}.weight", shape, dtype, converted())}
+
+    def linear(self, node: str, x: ir.Value, matrix: Matrix) -> ir.Value:
+        """x [..., k] -> [..., n]: x @ W.T + bias on the kernel of the matrix's scheme."""
+        graph = self.graph
+        values = {key: graph.initializer(tensor) for key, tensor in matrix.tensors.items()}
+        bias = None if matrix.bias is None else graph.initializer(matrix.bias)
+        if matrix.scheme.quantized:
+            inputs = [x, values["codes"], values["scales"], values.get("zero_points"), None, bias]
+            while inputs[-1] is None:
+                inputs.pop()
+            shape = {"K": matrix.k, "N": matrix.n, "bits": matrix.scheme.bits, "block_size": matrix.scheme.group_size}
+            return graph.op(node, "MatMulNBits", inputs, MICROSOFT, accuracy_level=4, **shape)
+        y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, values["weight"])], MICROSOFT, transB=1)
+        return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
+
+    def _widened(self, matrix: Matrix, weight: ir.Value) -> ir.Value:
+        if matrix.scheme.bits == 32:
+            return weight
+        return self.graph.op(f"/{matrix.name}/widen", "Cast", [weight], to=int(ir.DataType.FLOAT))
+
+    def lookup(self, node: str, ids: ir.Value, matrix: Matrix) -> ir.Value:
+        """ids int64 [...] -> rows of the matrix, float32 [..., k], dequantized. Shares the stored bytes with `linear`."""
+        graph, scheme = self.graph, matrix.scheme
+        if not scheme.quantized:
+            rows = graph.op(node, "Gather", [graph.initializer(matrix.tensors["weight"]), ids], axis=0)
+            return rows if scheme.bits == 32 else graph.op(f"{node}/widen", "Cast", [rows], to=int(ir.DataType.FLOAT))
+        codes = matrix.tensors["codes"]
+        flat = self.data.view(f"{matrix.name}.codes_by_row", codes, (matrix.n, int(codes.shape[1]) * int(codes.shape[2])))
+        inputs = [graph.initializer(flat), ids, graph.initializer(matrix.tensors["scales"])]
+        if "zero_points" in matrix.tensors:
+            inputs.append(graph.initializer(matrix.tensors["zero_points"]))
+        layout = {"bits": scheme.bits, "block_size": scheme.group_size, "gather_axis": 0, "quantize_axis": 1}
+        rows = graph.op(node, "GatherBlockQuantized", inputs, MICROSOFT, **layout)
+        if scheme.group_size and matrix.k % scheme.group_size:  # the tail of the last group is padding
+            rows = graph.op(f"{node}/tail", "Slice", [rows, graph.integers(0), graph.integers(matrix.k), graph.integers(-1)])
+        return rows
+
+
+def finite(origin: str, name: str, values: np.ndarray) -> np.ndarray:
+    """`values`, checked. Raises CheckpointError for NaN or infinity (min and max carry both)."""
+    if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):
+        raise CheckpointError(f"{origin}: {name}", expected="finite weights", found="NaN or infinity", remedy="repair or replace the checkpoint or the delta")
+    return values

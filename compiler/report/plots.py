@@ -1,0 +1,233 @@
+"""Inline SVG for the HTML report: no library, no script, colours by CSS class so that light, dark and print all work.
+
+Bars use percentages and no viewBox, so that they stretch with their table cell and carry no text. Distributions carry
+text and are drawn 1:1 for a 350 px wide phone; two stand side by side on a wide screen. Every text is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from compiler.report.document import CheckRow
+from compiler.report.verdict import FAIL
+from compiler.report.words import LOWER, better, figure, label, number
+
+WIDTH, HEIGHT = 350, 216
+LEFT, RIGHT, TOP, BOTTOM = 38, 10, 58, 34  # margins of a distribution; TOP holds three rows of percentile names and one for the limit
+PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+NAMED = (50.0, 95.0, 99.0)  # names of p90 and p95 would cover each other
+MAX_BINS, CURVE_POINTS = 40, 160
+
+
+def percentile(ordered: Sequence[float], p: float) -> float:
+    """The p-th percentile (0..100) of sorted samples, as the order statistic x_ceil(n p / 100): a value that was really measured."""
+    return ordered[max(math.ceil(len(ordered) * p / 100) - 1, 0)]
+
+
+def enough(count: int, p: float) -> bool:
+    """Whether n samples can show a percentile at all: at least one sample is expected beyond it."""
+    return count * (100 - p) >= 100
+
+
+def svg_bar(parts: Sequence[str], text: str, height: int = 26) -> Markup:
+    """A stretching bar with a name for screen readers."""
+    return Markup(f'<svg class="bar" width="100%" height="{height}" role="img" aria-label="{escape(text)}"><title>{escape(text)}</title>{"".join(parts)}</svg>')
+
+
+def box(start: float, end: float, css: str, y: int = 8, height: int = 10) -> str:
+    """A rectangle between two shares of the width (0..1), clipped to it."""
+    start, end = max(start, 0.0), min(end, 1.0)
+    return f'<rect x="{start * 100:.2f}%" y="{y}" width="{max(end - start, 0) * 100:.2f}%" height="{height}" class="{css}"/>'
+
+
+def stroke(share: float, css: str, y1: int, y2: int) -> str:
+    """A vertical line at a share of the width."""
+    return f'<line x1="{share * 100:.2f}%" x2="{share * 100:.2f}%" y1="{y1}" y2="{y2}" class="{css}"/>'
+
+
+def whisker(low: float, high: float, css: str = "whisker") -> str:
+    """A horizontal interval with ends."""
+    low, high = max(low, 0.0), min(high, 1.0)
+    line = f'<line x1="{low * 100:.2f}%" x2="{high * 100:.2f}%" y1="13" y2="13" class="{css}"/>'
+    return line + stroke(low, css, 9, 17) + stroke(high, css, 9, 17)
+
+
+def limit_bar(check: CheckRow) -> Markup:
+    """Measured against limit: the allowed side is tinted, the limit a line, the measured value a bar with its interval."""
+    values = [check.measured, check.limit, check.low, check.high]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if check.limit is None or not math.isfinite(check.measured) or not known or min(known) < 0:
+        return Markup("")
+    shares = max(known) <= 1 and better(check) != LOWER
+    top = 1.0 if shares else max(max(known) * 1.04, check.limit * 1.3) or 1.0
+    limit = check.limit / top
+    allowed = box(0, limit, "allowed", 3, 20) if better(check) == LOWER else box(limit, 1, "allowed", 3, 20)
+    parts = [box(0, 1, "track", 3, 20), allowed, box(0, check.measured / top, f"measured {check.outcome.lower()}")]
+    if check.low is not None or check.high is not None:
+        low = check.low if check.low is not None else check.measured
+        high = check.high if check.high is not None else check.measured
+        parts.append(whisker(low / top, high / top))
+    parts.append(stroke(limit, "limit", 0, 26))
+    text = f"{label(check.name)}: measured {figure(check.measured, check.unit)}, limit {figure(check.limit, check.unit)}"
+    return svg_bar(parts, text)
+
+
+def share_bar(share: float, text: str, css: str = "plain") -> Markup:
+    """A bar for a share of the whole or of the largest."""
+    return svg_bar([box(0, 1, "track", 4, 10), box(0, share if math.isfinite(share) else 0, css, 4, 10)], text, height=18)
+
+
+def interval_bar(value: float, low: float | None, high: float | None, top: float) -> Markup:
+    """A value with its interval on a scale 0..top."""
+    if not math.isfinite(value) or top <= 0 or value < 0:
+        return Markup("")
+    parts = [box(0, 1, "track"), box(0, value / top, "plain")]
+    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+        parts.append(whisker(low / top, high / top))
+    return svg_bar(parts, f"{number(value)} ({number(low)} to {number(high)})" if low is not None else number(value))
+
+
+def strip(values: Sequence[tuple[str, float]], unit: str = "") -> Markup:
+    """Narrow columns side by side, one per layer in model order; each names itself on hover."""
+    top = max((value for _, value in values), default=0.0)
+    if top <= 0 or len(values) < 2:
+        return Markup("")
+    step = 100 / len(values)
+    columns = []
+    for place, (name, value) in enumerate(values):
+        height = max(value / top * 70, 1)
+        columns.append(
+            f'<rect x="{place * step:.3f}%" y="{72 - height:.1f}" width="{step * 0.8:.3f}%" height="{height:.1f}" class="plain">'
+            f"<title>{escape(name)}: {number(value)}{escape(unit)}</title></rect>"
+        )
+    return Markup(f'<svg class="strip" width="100%" height="72" role="img" aria-label="error of each layer">{"".join(columns)}</svg>')
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A percentile limit to be drawn: p in percent, value in ms."""
+
+    p: float
+    value: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Linear scale from data to pixels."""
+
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (min(max(value, self.low), self.high) - self.low) / (self.high - self.low) * (WIDTH - LEFT - RIGHT)
+
+
+def axis_for(ordered: Sequence[float], limits: Sequence[Limit]) -> Axis:
+    """From the fastest sample to the slowest or the limit; a far outlier is left outside (the caption names the maximum)."""
+    low, body, slowest = ordered[0], percentile(ordered, 99), ordered[-1]
+    high = max(slowest if slowest <= low + 2 * (body - low) else body + 0.25 * (body - low), *(limit.value for limit in limits), low)
+    low = min(low, *(limit.value for limit in limits), high)
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return Axis(max(low - pad, 0.0), high + pad)
+
+
+def ticks(axis: Axis, at_most: int = 6) -> list[float]:
+    """Round numbers inside the axis: steps of 1, 2 or 5 times a power of ten."""
+    span = axis.high - axis.low
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next((scale * power for scale in (0.1, 0.2, 0.5, 1, 2) if span / (scale * power) <= at_most), 5 * power)
+    first = math.ceil(axis.low / step)
+    return [k * step for k in range(first, math.floor(axis.high / step) + 1)]
+
+
+def bins(ordered: Sequence[float], axis: Axis) -> list[tuple[float, float, int]]:
+    """Equal bins (start, end, count) over the axis by Freedman and Diaconis' rule, 8 to 40; samples beyond the axis are left out."""
+    inside = [x for x in ordered if axis.low <= x <= axis.high]
+    spread = percentile(inside, 75) - percentile(inside, 25)
+    width = 2 * spread / len(inside) ** (1 / 3)
+    count = min(max(math.ceil((axis.high - axis.low) / width) if width > 0 else 8, 8), MAX_BINS)
+    step = (axis.high - axis.low) / count
+    heights = [0] * count
+    for x in inside:
+        heights[min(int((x - axis.low) / step), count - 1)] += 1
+    return [(axis.low + k * step, axis.low + (k + 1) * step, height) for k, height in enumerate(heights)]
+
+
+def frame(axis: Axis, limits: Sequence[Limit], unit: str) -> list[str]:
+    """Ticks, the tinted region beyond each limit, and the limit lines."""
+    floor = HEIGHT - BOTTOM
+    parts = []
+    for limit in limits:
+        x = axis.x(limit.value)
+        anchor, shift = ("end", -4) if x > WIDTH * 0.55 else ("start", 4)
+        parts.append(f'<rect x="{x:.1f}" y="{TOP}" width="{max(WIDTH - RIGHT - x, 0):.1f}" height="{floor - TOP}" class="beyond"/>')
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="46" y2="{floor}" class="limit"/>')
+        css = "name missed" if limit.outcome == FAIL else "name limit-name"
+        parts.append(f'<text x="{x + shift:.1f}" y="53" text-anchor="{anchor}" class="{css}">limit p{limit.p:g} {number(limit.value)}</text>')
+    for tick in ticks(axis):
+        x = axis.x(tick)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}" class="axis"/>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + 16}" text-anchor="middle" class="tick">{number(tick)}</text>')
+    parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}" class="axis"/>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end" class="tick">{escape(unit)}</text>')
+    return parts
+
+
+def percentile_marks(ordered: Sequence[float], axis: Axis) -> list[str]:
+    """Vertical marks with their names on three rows, only for percentiles that n samples can show."""
+    parts = []
+    for row, p in enumerate(p for p in NAMED if enough(len(ordered), p)):
+        value = percentile(ordered, p)
+        if value > axis.high:
+            continue
+        x, y = axis.x(value), 11 + 14 * row
+        anchor, shift = ("end", -3) if x > WIDTH * 0.6 else ("start", 3)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
+        parts.append(f'<text x="{x + shift:.1f}" y="{y}" text-anchor="{anchor}" class="name">p{p:g} {number(value)}</text>')
+    return parts
+
+
+def canvas(parts: Sequence[str], text: str) -> Markup:
+    return Markup(f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(text)}">{"".join(parts)}</svg>')
+
+
+def histogram(samples: Sequence[float], limits: Sequence[Limit], name: str, unit: str = "ms") -> Markup:
+    """How often each latency occurred, with p50, p95, p99 and the limits."""
+    ordered = sorted(samples)
+    axis, floor = axis_for(ordered, limits), HEIGHT - BOTTOM
+    rows = bins(ordered, axis)
+    top = max(count for _, _, count in rows)
+    parts = frame(axis, limits, unit)
+    for start, end, count in rows:
+        height = count / top * (floor - TOP)
+        x = axis.x(start)
+        width = max(axis.x(end) - x - 1, 0.5)
+        title = f"{number(start)} to {number(end)} {escape(unit)}: {count}"
+        parts.append(f'<rect x="{x:.1f}" y="{floor - height:.1f}" width="{width:.1f}" height="{height:.1f}" class="plain"><title>{title}</title></rect>')
+    parts.append(f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end" class="tick">{top}</text>')
+    parts.append(f'<text x="{LEFT - 5}" y="{floor}" text-anchor="end" class="tick">0</text>')
+    return canvas(parts + percentile_marks(ordered, axis), f"{name}: how often each time occurred")
+
+
+def cumulative(samples: Sequence[float], limits: Sequence[Limit], name: str, unit: str = "ms") -> Markup:
+    """The share of samples at or below each latency; a percentile limit is met when the curve passes left of the limit line."""
+    ordered = sorted(samples)
+    axis, floor, count = axis_for(ordered, limits), HEIGHT - BOTTOM, len(ordered)
+    parts = frame(axis, limits, unit)
+    for share in (0.0, 0.5, 0.9, 1.0):
+        y = floor - share * (floor - TOP)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end" class="tick">{share * 100:.0f} %</text>')
+    path = [f"M{axis.x(ordered[0]):.1f},{floor}"]
+    for rank in sorted({round(k * count / CURVE_POINTS) for k in range(1, CURVE_POINTS + 1)} - {0}):
+        path.append(f"H{axis.x(ordered[rank - 1]):.1f}V{floor - rank / count * (floor - TOP):.1f}")
+    parts.append(f'<path d="{"".join(path)}H{WIDTH - RIGHT}" class="curve"/>')
+    for limit in limits:
+        y = floor - limit.p / 100 * (floor - TOP)
+        parts.append(f'<circle cx="{axis.x(limit.value):.1f}" cy="{y:.1f}" r="4" class="target"/>')
+    return canvas(parts + percentile_marks(ordered, axis), f"{name}: share of samples within each time")

@@ -1,0 +1,123 @@
+"""Export: merged weights to ONNX, quantized as they stream, with the files that a runtime needs beside the graph.
+
+Two roads. Decoders of known families go through our own graph builder (no torch, no model object); everything else
+goes through transformers' exporter and our passes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compiler.checkpoints.view import Checkpoint
+from compiler.errors import ArchitectureError
+from compiler.scheme import Scheme, Schemes, parse_scheme
+from compiler.store import writing
+
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+SUMMARY = "export.json"
+DECODER, ENCODER = "decoder", "encoder"
+
+Report = Callable[[str, int, int], None]
+
+
+def road(config: Mapping[str, Any], task: str | None = None) -> str:
+    """Which of the two roads a model takes: "decoder" for text generation of a known family, else "encoder"."""
+    from compiler.graph.architectures import FAMILIES
+
+    heads = config.get("architectures") or ["ForCausalLM"]
+    generates = any(head.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for head in heads)
+    if task in (None, "text-generation") and generates and config.get("model_type") in FAMILIES:
+        return DECODER
+    if task == "text-generation" or (task is None and generates and "architectures" in config):
+        known = ", ".join(sorted(FAMILIES))
+        raise ArchitectureError(
+            f"model_type {config.get('model_type')!r}",
+            expected=f"a decoder family that is built here ({known})",
+            found="a family without a row",
+            remedy="export it as an encoder task (--task feature-extraction), or add a row to compiler/graph/architectures.py",
+        )
+    return ENCODER
+
+
+def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, max_length: int | None) -> dict[str, Any]:
+    """The concrete, printable parameters of an export: what its cache key is made of."""
+    layers = {pattern: str(scheme) for pattern, scheme in schemes.overrides.items()}
+    way = road(checkpoint.config, task)
+    if way == DECODER:
+        _refuse_dynamic([schemes.default, *schemes.overrides.values()])
+        return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
+    from compiler.graph.encoder import infer_task
+
+    return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": task or infer_task(checkpoint), "max_length": max_length}
+
+
+def _refuse_dynamic(schemes: list[Scheme]) -> None:
+    if any(scheme.kernel == "dynamic" for scheme in schemes):
+        raise ArchitectureError(
+            "quantize.scheme: int8",
+            expected="a weight-only scheme for a decoder (int8-g32, int4-g64, ...)",
+            found="dynamic int8, which has one activation scale a tensor and ruins decoders",
+            remedy="use int8-g64",
+        )
+
+
+def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+    """Fill `directory` with graph, weights, configs and tokenizer; returns {"model": ..., "layers": [...]} and writes it as export.json.
+
+    Raises ArchitectureError, CheckpointError or OutputError.
+    """
+    from compiler.checkpoints.resolve import require_tokenizer
+
+    require_tokenizer(checkpoint)
+    schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
+    with writing(directory):
+        summary = (_decoder if options["road"] == DECODER else _encoder)(checkpoint, schemes, options, directory, report)
+        for name in CARRIED:
+            if name in checkpoint.assets:
+                (directory / name).write_bytes(checkpoint.assets[name])
+        (directory / "config.json").write_text(json.dumps(_safe_config(checkpoint.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        (directory / SUMMARY).write_text(json.dumps(summary, sort_keys=True))
+    return summary
+
+
+def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+    from compiler.graph.decoder import export_decoder
+
+    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report)
+    model = {
+        "kind": DECODER,
+        "family": checkpoint.config["model_type"],
+        "task": "text-generation",
+        "parameters": checkpoint.parameter_count,
+        "max_length": done.max_length,
+        "logits": options["logits"],
+        "scheme": options["scheme"],
+    }
+    return {"model": model, "layers": [asdict(row) for row in done.matrices]}
+
+
+def _encoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+    from compiler.graph.encoder import export_encoder
+
+    done = export_encoder(checkpoint, schemes.default, directory, task=options["task"], progress=report)
+    model = {
+        "kind": ENCODER,
+        "family": checkpoint.config["model_type"],
+        "task": done.task,
+        "parameters": checkpoint.parameter_count,
+        "max_length": min(done.max_length, options["max_length"] or done.max_length),
+        "labels": list(done.labels),
+        "pooling": done.pooling,
+        "normalize": done.normalize,
+        "scheme": options["scheme"],
+    }
+    return {"model": model, "layers": [asdict(row) for row in done.matrices]}
+
+
+def _safe_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what could run code elsewhere or name a place on this machine."""
+    return {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "custom_pipelines") and not key.endswith("_internal")}

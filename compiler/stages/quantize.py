@@ -1,0 +1,92 @@
+"""Quantize: weights seen through their scheme.
+
+The exporter quantizes as it streams, so no quantized checkpoint lies on the way to a bundle. This stage is the same
+step as files in, files out: each weight becomes `dequantize(quantize(weight))` in float32, by the same code that fills
+the kernels. It answers "what does the rounding alone cost", apart from kernels and activations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.quantizers import affine
+from compiler.scheme import Scheme, Schemes
+from compiler.store import cache_key
+
+FUSED = (
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.(?:q|k|v|qkv)_proj\.weight"), r"\1.attn.qkv_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.o_proj\.weight"), r"\1.attn.o_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.(?:gate|up|gate_up)_proj\.weight"), r"\1.mlp.gate_up_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.down_proj\.weight"), r"\1.mlp.down_proj"),
+    (re.compile(r"lm_head\.weight"), "lm_head"),
+)
+
+
+def matrix_name(tensor: str, config: Mapping[str, Any]) -> str | None:
+    """The fused matrix of the graph that a checkpoint tensor belongs to; None for vectors and what is never quantized.
+
+    `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.attn.qkv_proj`; a tied embedding -> `lm_head`.
+    """
+    if tensor == "model.embed_tokens.weight":
+        return "lm_head" if config.get("tie_word_embeddings") else "model.embed_tokens"
+    for pattern, name in FUSED:
+        if match := pattern.fullmatch(tensor):
+            return match.expand(name)
+    return None
+
+
+def scheme_of(view: TensorView, schemes: Schemes, config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme a tensor is stored in, or None where it stays float32."""
+    name = matrix_name(view.name, config)
+    scheme = schemes.of(name) if name else None
+    return scheme if scheme and scheme.bits < 32 else None
+
+
+def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
+    """The checkpoint with every matrix seen through its scheme; lazy, the input is never changed."""
+
+    def through(view: TensorView, scheme: Scheme) -> TensorView:
+        def rows(start: int, stop: int) -> np.ndarray:
+            block = view.rows(start, stop)
+            if scheme.bits == 16:
+                return block.astype(np.float16).astype(np.float32)
+            return affine.dequantize(affine.quantize(block, scheme))
+
+        return replace(view, dtype="F32", rows=rows)
+
+    tensors = {
+        name: through(view, scheme) if (scheme := scheme_of(view, schemes, checkpoint.config)) else view for name, view in checkpoint.tensors.items()
+    }
+    identity = {"default": str(schemes.default), "layers": {pattern: str(scheme) for pattern, scheme in schemes.overrides.items()}}
+    return replace(checkpoint, tensors=tensors, digest_of=lambda: cache_key({"base": checkpoint.digest, "quantize": identity}))
+
+
+def predicted_bytes(checkpoint: Checkpoint, schemes: Schemes) -> int:
+    """Bytes of the weights in a bundle, from shapes alone: codes, float32 scales, packed zero points, float32 for the rest."""
+    total = 0
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    for view in checkpoint.tensors.values():
+        if tied and view.name == "lm_head.weight":
+            continue
+        scheme = scheme_of(view, schemes, checkpoint.config)
+        total += 4 * view.size if scheme is None else stored_bytes(view.shape, scheme)
+    return total
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """[rows, width] under a scheme. [576, 576] at int4-g32: 576 * 18 * (16 + 4) = 207360."""
+    size = int(np.prod(shape))
+    if not scheme.quantized or len(shape) != 2:
+        return size * scheme.bits // 8
+    rows, width = shape
+    if scheme.group_size is None:
+        return size * scheme.bits // 8 + 4 * rows
+    groups = -(-width // scheme.group_size)
+    zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
+    return rows * (groups * (scheme.group_size * scheme.bits // 8 + 4) + zero_points)
