@@ -43,7 +43,9 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(str(path), expected="a file that can be read", found=error.strerror or type(error).__name__, remedy="check the path and its permissions")
+    return CheckpointError(
+        str(path), expected="a file that can be read", found=error.strerror or type(error).__name__, remedy="check the path and its permissions"
+    )
 
 
 def file_size(path: Path) -> int:

@@ -35,7 +35,9 @@ def open_gguf(path: Path, origin: str) -> Checkpoint:
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(origin, expected="token_embd.weight", found="no such tensor", remedy="this is no whole language model: name the model's file")
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
-    source = Source(origin, str(header.metadata["general.architecture"]), header.metadata, shapes, lambda name: _rows(path, header.tensors[name])(0, 1).reshape(-1))
+    source = Source(
+        origin, str(header.metadata["general.architecture"]), header.metadata, shapes, lambda name: _rows(path, header.tensors[name])(0, 1).reshape(-1)
+    )
     config = build_config(source, family)
     tensors = {}
     for name, entry in header.tensors.items():
@@ -48,9 +50,19 @@ def open_gguf(path: Path, origin: str) -> Checkpoint:
 def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping[str, Any]) -> TensorView:
     name = hugging_face_name(entry.name, family)
     if name is None:
-        raise CheckpointError(f"{origin}: {entry.name}", expected=f"a tensor of {family.model_type}", found="an unknown name", remedy="use the model's safetensors instead of its GGUF")
+        raise CheckpointError(
+            f"{origin}: {entry.name}",
+            expected=f"a tensor of {family.model_type}",
+            found="an unknown name",
+            remedy="use the model's safetensors instead of its GGUF",
+        )
     if not ggml.decodable(entry.dtype):
-        raise CheckpointError(f"{origin}: {entry.name}", expected="a type that can be decoded", found=entry.dtype, remedy="use another quantization of the model, or its safetensors")
+        raise CheckpointError(
+            f"{origin}: {entry.name}",
+            expected="a type that can be decoded",
+            found=entry.dtype,
+            remedy="use another quantization of the model, or its safetensors",
+        )
     rows = _rows(path, entry)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
     if family.permuted and heads:

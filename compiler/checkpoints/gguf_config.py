@@ -50,7 +50,10 @@ class Source:
         value = self.get(key)
         if not isinstance(value, int) or value <= 0:
             raise CheckpointError(
-                self.place, expected=f"a positive number under {self.architecture}.{key}", found=repr(value)[:60], remedy="convert the model again with a current llama.cpp"
+                self.place,
+                expected=f"a positive number under {self.architecture}.{key}",
+                found=repr(value)[:60],
+                remedy="convert the model again with a current llama.cpp",
             )
         return value
 
@@ -134,9 +137,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", extras=_qwen3_extras),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", block=POST_NORMS),
     "phi3": Family("phi3", "Phi3ForCausalLM", block={"ffn_up": "mlp.gate_up_proj"}, extras=_phi3_extras),
-    "gemma3": Family(
-        "gemma3_text", "Gemma3ForCausalLM", norm_shift=1.0, block={**POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"}, extras=_gemma3_extras
-    ),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", norm_shift=1.0, block={**POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"}, extras=_gemma3_extras),
 }
 
 
@@ -239,7 +240,9 @@ def _rope_scaling(source: Source, theta: float) -> dict[str, Any] | None:
         return scaling
     if kind == "yarn":
         return {**scaling, "original_max_position_embeddings": source.need("rope.scaling.original_context_length")}
-    raise CheckpointError(source.place, expected="rope scaling none, linear, yarn, llama3 or longrope", found=kind, remedy="use the model's safetensors instead of its GGUF")
+    raise CheckpointError(
+        source.place, expected="rope scaling none, linear, yarn, llama3 or longrope", found=kind, remedy="use the model's safetensors instead of its GGUF"
+    )
 
 
 def _llama3_scaling(source: Source, theta: float) -> dict[str, Any]:
@@ -257,5 +260,8 @@ def _llama3_scaling(source: Source, theta: float) -> dict[str, Any]:
         if np.allclose(factors, stored, rtol=1e-4):
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": positions}
     raise CheckpointError(
-        source.place, expected="the rope factors of Llama 3", found="other factors in rope_freqs.weight", remedy="use the model's safetensors instead of its GGUF"
+        source.place,
+        expected="the rope factors of Llama 3",
+        found="other factors in rope_freqs.weight",
+        remedy="use the model's safetensors instead of its GGUF",
     )

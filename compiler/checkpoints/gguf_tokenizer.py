@@ -63,7 +63,9 @@ def tokenizer_json(metadata: Mapping[str, Any], place: str) -> bytes:
     elif kind == "llama":
         tokenizer = _sentence_piece(metadata, place)
     else:
-        raise CheckpointError(place, expected="a GGUF tokenizer gpt2 or llama", found=repr(kind), remedy="use the model's safetensors folder, or put its tokenizer.json there")
+        raise CheckpointError(
+            place, expected="a GGUF tokenizer gpt2 or llama", found=repr(kind), remedy="use the model's safetensors folder, or put its tokenizer.json there"
+        )
     tokenizer.add_tokens(_added(metadata))
     _add_ends(tokenizer, metadata)
     return str(tokenizer.to_str(pretty=False)).encode()
@@ -131,7 +133,9 @@ def _vocabulary(metadata: Mapping[str, Any], place: str) -> dict[str, int]:
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise CheckpointError(place, expected="distinct tokens", found=f"{len(tokens) - len(vocabulary)} twice", remedy="convert the model again with a current llama.cpp")
+        raise CheckpointError(
+            place, expected="distinct tokens", found=f"{len(tokens) - len(vocabulary)} twice", remedy="convert the model again with a current llama.cpp"
+        )
     return vocabulary
 
 

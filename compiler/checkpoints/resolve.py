@@ -1,9 +1,9 @@
 """`open_checkpoint`: from what a user writes to a `Checkpoint`.
 
-    path/to/folder                   safetensors, one file or shards, with config.json
-    path/to/model.gguf               GGUF
-    package:MODULE/path/inside       a file or folder of an installed package, found without importing it
-    owner/name                       a hub id, downloaded only when no such path exists
+path/to/folder                   safetensors, one file or shards, with config.json
+path/to/model.gguf               GGUF
+package:MODULE/path/inside       a file or folder of an installed package, found without importing it
+owner/name                       a hub id, downloaded only when no such path exists
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def locate(source: str, relative_to: Path | None = None) -> Path:
         return path
     if HUB_ID.fullmatch(source):
         return _download(source)
-    raise CheckpointError(source, expected="a model folder, a .gguf file, package:MODULE/path or a hub id owner/name", found="no such path", remedy="check the spelling")
+    raise CheckpointError(
+        source, expected="a model folder, a .gguf file, package:MODULE/path or a hub id owner/name", found="no such path", remedy="check the spelling"
+    )
 
 
 def _package_path(source: str) -> Path:
@@ -80,13 +82,20 @@ def _package_path(source: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec else []
     if not places:
-        raise CheckpointError(source, expected="an installed package", found=f"no package {module!r}", remedy=f"pip install the distribution that holds {module}, for instance the demo extra")
+        raise CheckpointError(
+            source,
+            expected="an installed package",
+            found=f"no package {module!r}",
+            remedy=f"pip install the distribution that holds {module}, for instance the demo extra",
+        )
     roots = [Path(place).resolve() for place in places]
     for root in roots:
         path = (root / inside).resolve()
         if path.exists() and path.is_relative_to(root):
             return path
-    raise CheckpointError(source, expected=f"a file or folder inside {module}", found=f"no {inside!r} there", remedy="list the package's files and correct the path")
+    raise CheckpointError(
+        source, expected=f"a file or folder inside {module}", found=f"no {inside!r} there", remedy="list the package's files and correct the path"
+    )
 
 
 def _download(source: str) -> Path:
@@ -95,7 +104,9 @@ def _download(source: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
-        raise CheckpointError(source, expected="a local path, or huggingface_hub to download it", found="neither", remedy="pip install huggingface_hub") from error
+        raise CheckpointError(
+            source, expected="a local path, or huggingface_hub to download it", found="neither", remedy="pip install huggingface_hub"
+        ) from error
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -108,7 +119,10 @@ def _download(source: str) -> Path:
 def _hub_failed(source: str, error: BaseException) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        source, expected="an existing path, or a hub id that can be downloaded", found=reason, remedy="check the spelling, or download the model and name its folder"
+        source,
+        expected="an existing path, or a hub id that can be downloaded",
+        found=reason,
+        remedy="check the spelling, or download the model and name its folder",
     )
 
 
@@ -140,9 +154,16 @@ def _single_file(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(str(folder), expected="a base model", found="an adapter (adapter_config.json)", remedy="name the base model here and the adapter under deltas")
+        raise CheckpointError(
+            str(folder), expected="a base model", found="an adapter (adapter_config.json)", remedy="name the base model here and the adapter under deltas"
+        )
     if found:
-        raise CheckpointError(str(folder), expected="model.safetensors or its index", found=f"{len(found)} safetensors files and no index", remedy="restore model.safetensors.index.json")
+        raise CheckpointError(
+            str(folder),
+            expected="model.safetensors or its index",
+            found=f"{len(found)} safetensors files and no index",
+            remedy="restore model.safetensors.index.json",
+        )
     for path in _pickles(folder):
         raise _pickle_refused(path)
     raise CheckpointError(str(folder), expected="model.safetensors or its shards", found="no safetensors file", remedy="name the folder that holds the weights")

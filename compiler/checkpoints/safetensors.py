@@ -110,9 +110,7 @@ def _span(path: Path, name: str, entry: Any, start: int) -> Span:
         )
     bytes_needed = math.prod(shape) * STORED[dtype].itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != bytes_needed:
-        raise CheckpointError(
-            place, expected=f"{bytes_needed} bytes for {dtype} {list(shape)}", found=f"data_offsets {begin} to {end}", remedy=AGAIN
-        )
+        raise CheckpointError(place, expected=f"{bytes_needed} bytes for {dtype} {list(shape)}", found=f"data_offsets {begin} to {end}", remedy=AGAIN)
     return Span(dtype, shape, start + begin, start + end)
 
 
@@ -163,10 +161,15 @@ def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:
     for file, found in shards.items():
         wanted = {name for name, where in weight_map.items() if where == file}
         for name in sorted(wanted - found.keys()):
-            raise CheckpointError(f"{index}: {name}", expected=f"the tensor in {file}", found="no such tensor there", remedy="download index and shards again, from one revision")
+            raise CheckpointError(
+                f"{index}: {name}", expected=f"the tensor in {file}", found="no such tensor there", remedy="download index and shards again, from one revision"
+            )
         for name in sorted(found.keys() - wanted):
             raise CheckpointError(
-                f"{index}: {name}", expected=f"every tensor of {file} in the index", found="this one is not", remedy="download index and shards again, from one revision"
+                f"{index}: {name}",
+                expected=f"every tensor of {file} in the index",
+                found="this one is not",
+                remedy="download index and shards again, from one revision",
             )
         tensors.update(found)
     return tensors, [index.parent / file for file in shards]

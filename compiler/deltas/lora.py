@@ -23,6 +23,8 @@ from compiler.checkpoints.files import sha256_file, sha256_parts
 from compiler.checkpoints.view import TensorView
 from compiler.deltas.base import Change, Delta, Edit, wrong_delta
 
+Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last few
+
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?P<kind>\.weight|\.bias)?")
 
@@ -58,9 +60,10 @@ def load_lora(folder: Path, origin: str, weight: float, config: Mapping[str, Any
     """A PEFT LoRA adapter. Raises DeltaError: variants not built, half a pair, rank 0, factors that do not fit together, NaN or infinity."""
     _refuse_variants(origin, config)
     _check_finite(origin, tensors.values())
+    whole: Whole = lru_cache(maxsize=2)(TensorView.read)  # the two factors of the tensor at hand: more would let memory grow with the model
     factors, rest = _pairs(origin, tensors)
     replaced = [_replacement(origin, name, view, config, factors) for name, view in rest.items()]
-    added = [edit for one in factors.values() for edit in _edits(origin, one, config)]
+    added = [edit for one in factors.values() for edit in _edits(origin, one, config, whole)]
     if not added and not replaced:
         raise wrong_delta(origin, "LoRA factors", "none: the file holds no tensors", "train the adapter, or gather sharded weights before saving it")
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
@@ -79,7 +82,9 @@ def load_lora(folder: Path, origin: str, weight: float, config: Mapping[str, Any
 def _refuse_variants(origin: str, config: Mapping[str, Any]) -> None:
     for key, name in NOT_BUILT.items():
         if config.get(key):
-            raise wrong_delta(origin, "a plain LoRA", f"{name}: {key} is set", "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is")
+            raise wrong_delta(
+                origin, "a plain LoRA", f"{name}: {key} is set", "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is"
+            )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGED_BASE):
         remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
@@ -91,7 +96,9 @@ def _check_finite(origin: str, views: Iterable[TensorView]) -> None:
         for first, block in view.blocks():
             if not np.isfinite(block).all():
                 bad = int(block.size - np.isfinite(block).sum())
-                raise wrong_delta(f"{origin}: {view.name}", "finite numbers", f"{bad} NaN or infinite from row {first}", "train the adapter again: this one diverged")
+                raise wrong_delta(
+                    f"{origin}: {view.name}", "finite numbers", f"{bad} NaN or infinite from row {first}", "train the adapter again: this one diverged"
+                )
 
 
 def _pairs(origin: str, tensors: Mapping[str, TensorView]) -> tuple[dict[str, Factors], dict[str, TensorView]]:
@@ -106,7 +113,9 @@ def _pairs(origin: str, tensors: Mapping[str, TensorView]) -> tuple[dict[str, Fa
             halves.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"] + (".bias" if match["kind"] == ".bias" else "")] = view
         elif ".lora_" in name or "trainable_tokens" in name:
             kind = "DoRA magnitudes" if "magnitude" in name else "a factor that plain LoRA has not"
-            raise wrong_delta(f"{origin}: {name}", "lora_A and lora_B", kind, "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is")
+            raise wrong_delta(
+                f"{origin}: {name}", "lora_A and lora_B", kind, "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is"
+            )
         else:
             rest[name] = view
     return {module: _pair(origin, module, parts) for module, parts in halves.items()}, rest
@@ -121,9 +130,16 @@ def _pair(origin: str, module: str, parts: Mapping[str, TensorView]) -> Factors:
     a, b = parts[first], parts[second]
     place = f"{origin}: {module}"
     if len(a.shape) != 2 or len(b.shape) != 2:
-        raise wrong_delta(place, "factors of two dimensions (linear, Conv1D or embedding)", f"{list(a.shape)} and {list(b.shape)}", "convolutions are not built yet: merge with PEFT")
+        raise wrong_delta(
+            place,
+            "factors of two dimensions (linear, Conv1D or embedding)",
+            f"{list(a.shape)} and {list(b.shape)}",
+            "convolutions are not built yet: merge with PEFT",
+        )
     if a.shape[0] == 0 or 0 in b.shape or 0 in a.shape:
-        raise wrong_delta(place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter")
+        raise wrong_delta(
+            place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter"
+        )
     if a.shape[0] != b.shape[1]:
         raise wrong_delta(place, "one rank in A and B", f"A {list(a.shape)}, B {list(b.shape)}", "save the adapter again: its halves belong to different runs")
     return Factors(module, embedding, a, b, parts.get("B.bias"))
@@ -143,27 +159,31 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def _edits(origin: str, factors: Factors, config: Mapping[str, Any]) -> list[Edit]:
+def _edits(origin: str, factors: Factors, config: Mapping[str, Any], whole: Whole) -> list[Edit]:
     scale, rank = scale_of(factors.module, config)
     if rank < 1:
         raise wrong_delta(f"{origin}: {factors.module}", "a rank of at least 1", f"r {rank} in adapter_config.json", "correct r in adapter_config.json")
     if rank != factors.a.shape[0]:
         found = f"rank {factors.a.shape[0]} in the weights"
-        raise wrong_delta(f"{origin}: {factors.module}", f"rank {rank} as adapter_config.json says", found, "put the adapter_config.json of this training run beside its weights")
+        raise wrong_delta(
+            f"{origin}: {factors.module}",
+            f"rank {rank} as adapter_config.json says",
+            found,
+            "put the adapter_config.json of this training run beside its weights",
+        )
     target = f"{factors.module}.weight"
     if factors.embedding:
         shape = (factors.a.shape[1], factors.b.shape[0])
-        return [Edit(target, shape, _embedding_change(factors, scale))]
+        return [Edit(target, shape, _embedding_change(factors, scale, whole))]
     shape = (factors.b.shape[0], factors.a.shape[1])
-    weight = Edit(target, shape, _linear_change(factors, scale), transposes=True, flipped=bool(config.get("fan_in_fan_out")))
+    weight = Edit(target, shape, _linear_change(factors, scale, whole), transposes=True, flipped=bool(config.get("fan_in_fan_out")))
     if factors.bias is None:
         return [weight]
     return [weight, Edit(f"{factors.module}.bias", factors.bias.shape, _bias_change(factors.bias, scale))]
 
 
-def _linear_change(factors: Factors, scale: float) -> Change:
-    """s B[rows] A, or its transpose's rows s A[:, rows]^T B^T. The factor that every block needs is read once per tensor."""
-    whole = _last_read()
+def _linear_change(factors: Factors, scale: float, whole: Whole) -> Change:
+    """s B[rows] A, or its transpose's rows s A[:, rows]^T B^T."""
 
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
         stop = first + len(base)
@@ -174,9 +194,7 @@ def _linear_change(factors: Factors, scale: float) -> Change:
     return change
 
 
-def _embedding_change(factors: Factors, scale: float) -> Change:
-    whole = _last_read()
-
+def _embedding_change(factors: Factors, scale: float, whole: Whole) -> Change:
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
         return (whole(factors.a)[:, first : first + len(base)].T * np.float32(scale)) @ whole(factors.b).T
 
@@ -187,13 +205,6 @@ def _bias_change(bias: TensorView, scale: float) -> Change:
     return lambda first, base, transposed: bias.rows(first, first + len(base)) * np.float32(scale)
 
 
-_shared = lru_cache(maxsize=2)  # two factors are what one tensor needs; more would let memory grow with the model
-
-
-def _last_read() -> Callable[[TensorView], np.ndarray]:
-    return lambda view: view.read()
-
-
 def _replacement(origin: str, name: str, view: TensorView, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> Edit:
     """A whole tensor of the trained model. Raises DeltaError for one that nothing in adapter_config.json accounts for."""
     target = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -202,5 +213,7 @@ def _replacement(origin: str, name: str, view: TensorView, config: Mapping[str, 
     bias = config.get("bias", "none") != "none" and target.endswith(".bias")
     embedding = module in factors or module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "word_embeddings")
     if not (saved or bias or embedding):
-        raise wrong_delta(f"{origin}: {name}", "lora factors, or a module that modules_to_save names", "a tensor of neither", "save the adapter again with save_pretrained")
+        raise wrong_delta(
+            f"{origin}: {name}", "lora factors, or a module that modules_to_save names", "a tensor of neither", "save the adapter again with save_pretrained"
+        )
     return Edit(target, view.shape, lambda first, base, transposed: view.rows(first, first + len(base)), replaces=True, may_add=saved)

@@ -47,7 +47,8 @@ def reference_outputs(model: Any, tokenizer: Any, texts: Sequence[str], spec: Ma
             mask[row, : len(one.ids)] = 1
         with torch.inference_mode():
             out = model(input_ids=ids, attention_mask=mask)
-        rows.append(out.logits.numpy() if "logits" in out else pool(out.last_hidden_state.numpy(), mask.numpy(), spec))
+        values = (out.logits if "logits" in out else out.last_hidden_state).numpy()
+        rows.append(values if values.ndim == 2 else pool(values, mask.numpy(), spec))
         report("texts by the reference", min(start + BATCH, len(texts)), len(texts))
     return np.concatenate(rows)
 

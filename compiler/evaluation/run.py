@@ -12,6 +12,7 @@ import numpy as np
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder, encoder
 from compiler.evaluation.data import EvaluationSet, Row
+from runtimes.bundle import Bundle
 
 Report = Callable[[str, int, int], None]
 SHOWN_SAMPLES = 6
@@ -27,6 +28,11 @@ def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     model = json.loads((directory / "export.json").read_text())["model"]
     part = _decoder(merged, base, directory, data, report) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
     return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
+
+
+def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
+    """Exported files as the runtime sees a bundle, before there is a manifest."""
+    return Bundle(directory, {"model": model}, model["kind"], ())
 
 
 def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report) -> dict[str, Any]:
@@ -122,7 +128,7 @@ class ChatFormat:
         """Greedy answers of the exported model in our own runtime, one prompt at a time as a device would."""
         from runtimes.generate import Generator, Options
 
-        generator = Generator.from_files(directory)
+        generator = Generator(unpackaged(directory, {"kind": "decoder"}))
         options = Options(max_new_tokens=self.new_tokens(rows))
         answers = []
         for number, prompt in enumerate(self.prompts(rows)):
@@ -136,9 +142,9 @@ def _encoder(merged: Checkpoint, directory: Path, model: Mapping[str, Any], data
     from runtimes.encode import Encoder
 
     texts = encoder.texts_of(data.rows)
-    runtime = Encoder.from_files(directory, model)
+    runtime = Encoder(unpackaged(directory, model))
     reference = encoder.reference_outputs(reference_model(merged, model["task"]), runtime.tokenizer, texts, model, report)
-    bundle = runtime.outputs(texts)
+    bundle = runtime.encode(texts)
     metrics = encoder.output_metrics(reference, bundle)
     task: list[dict[str, Any]] = []
     wanted = [row.label for row in data.rows if row.text]

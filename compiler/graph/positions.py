@@ -89,12 +89,13 @@ def tables(graph: GraphBuilder, node: str, segments: list[tuple[tuple[float, ...
 
 def positions_into(graph: GraphBuilder, node: str, rope: Rope, lengths: tuple[ir.Value, ir.Value, ir.Value]) -> ir.Value:
     """position_ids int64 [batch, sequence] into the stacked tables of longrope: position, plus switch_length once total > switch_length."""
-    last, total, sequence = lengths
+    last, _, sequence = lengths
     zero, one = graph.constant("int64_scalar_0", np.array(0, np.int64)), graph.constant("int64_scalar_1", np.array(1, np.int64))
     steps = graph.op(f"{node}/steps", "Range", [zero, graph.op(f"{node}/count", "Squeeze", [sequence]), one])
-    start = graph.op(f"{node}/start", "Sub", [graph.op(f"{node}/next", "Add", [last, graph.integers(1)]), sequence])
+    valid = graph.op(f"{node}/valid", "Add", [last, graph.integers(1)])
+    start = graph.op(f"{node}/start", "Sub", [valid, sequence])
     start = graph.op(f"{node}/start_clipped", "Max", [start, graph.integers(0)])  # a padded prompt starts at 0
     switch = graph.integers(rope.switch_length or 0)
-    beyond = graph.op(f"{node}/beyond", "Cast", [graph.op(f"{node}/longer", "Greater", [total, switch])], to=int(ir.DataType.INT64))
+    beyond = graph.op(f"{node}/beyond", "Cast", [graph.op(f"{node}/longer", "Greater", [valid, switch])], to=int(ir.DataType.INT64))
     start = graph.op(f"{node}/offset", "Add", [start, graph.op(f"{node}/shift", "Mul", [beyond, switch])])
     return graph.op(f"{node}/position_ids", "Add", [graph.op(f"{node}/start_column", "Unsqueeze", [start, graph.integers(1)]), steps])

@@ -60,17 +60,22 @@ def limit_bar(check: CheckRow) -> Markup:
     """Measured against limit: the allowed side is tinted, the limit a line, the measured value a bar with its interval."""
     values = [check.measured, check.limit, check.low, check.high]
     known = [value for value in values if value is not None and math.isfinite(value)]
-    if check.limit is None or not math.isfinite(check.measured) or not known or min(known) < 0:
+    if check.limit is None or not math.isfinite(check.limit) or not math.isfinite(check.measured):
         return Markup("")
-    shares = max(known) <= 1 and better(check) != LOWER
-    top = 1.0 if shares else max(max(known) * 1.04, check.limit * 1.3) or 1.0
-    limit = check.limit / top
+    bottom = min(0.0, min(known) * 1.1)
+    top = 1.0 if max(known) <= 1 and better(check) != LOWER else max(max(known) * 1.04, check.limit * 1.3) or 1.0
+
+    def at(value: float) -> float:
+        return (value - bottom) / (top - bottom)
+
+    limit, zero, end = at(check.limit), at(0.0), at(check.measured)
     allowed = box(0, limit, "allowed", 3, 20) if better(check) == LOWER else box(limit, 1, "allowed", 3, 20)
-    parts = [box(0, 1, "track", 3, 20), allowed, box(0, check.measured / top, f"measured {check.outcome.lower()}")]
+    parts = [box(0, 1, "track", 3, 20), allowed, box(min(zero, end), max(zero, end), f"measured {check.outcome.lower()}")]
     if check.low is not None or check.high is not None:
         low = check.low if check.low is not None else check.measured
         high = check.high if check.high is not None else check.measured
-        parts.append(whisker(low / top, high / top))
+        if math.isfinite(low) and math.isfinite(high):
+            parts.append(whisker(at(low), at(high)))
     parts.append(stroke(limit, "limit", 0, 26))
     text = f"{label(check.name)}: measured {figure(check.measured, check.unit)}, limit {figure(check.limit, check.unit)}"
     return svg_bar(parts, text)
@@ -164,11 +169,8 @@ def frame(axis: Axis, limits: Sequence[Limit], unit: str) -> list[str]:
     parts = []
     for limit in limits:
         x = axis.x(limit.value)
-        anchor, shift = ("end", -4) if x > WIDTH * 0.55 else ("start", 4)
         parts.append(f'<rect x="{x:.1f}" y="{TOP}" width="{max(WIDTH - RIGHT - x, 0):.1f}" height="{floor - TOP}" class="beyond"/>')
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="46" y2="{floor}" class="limit"/>')
-        css = "name missed" if limit.outcome == FAIL else "name limit-name"
-        parts.append(f'<text x="{x + shift:.1f}" y="53" text-anchor="{anchor}" class="{css}">limit p{limit.p:g} {number(limit.value)}</text>')
     for tick in ticks(axis):
         x = axis.x(tick)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}" class="axis"/>')
@@ -178,18 +180,25 @@ def frame(axis: Axis, limits: Sequence[Limit], unit: str) -> list[str]:
     return parts
 
 
-def percentile_marks(ordered: Sequence[float], axis: Axis) -> list[str]:
-    """Vertical marks with their names on three rows, only for percentiles that n samples can show."""
-    parts = []
+def name_at(x: float, y: int, text: str, css: str = "name") -> str:
+    """A short text beside a vertical line, on the side where there is room."""
+    anchor, shift = ("end", -4) if x > WIDTH * 0.6 else ("start", 4)
+    return f'<text x="{x + shift:.1f}" y="{y}" text-anchor="{anchor}" class="{css}">{text}</text>'
+
+
+def marks(ordered: Sequence[float], limits: Sequence[Limit], axis: Axis) -> list[str]:
+    """Percentiles as vertical marks with their names on three rows, only those that n samples can show; then the limits' names."""
+    lines, names = [], []
     for row, p in enumerate(p for p in NAMED if enough(len(ordered), p)):
         value = percentile(ordered, p)
         if value > axis.high:
             continue
         x, y = axis.x(value), 11 + 14 * row
-        anchor, shift = ("end", -3) if x > WIDTH * 0.6 else ("start", 3)
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
-        parts.append(f'<text x="{x + shift:.1f}" y="{y}" text-anchor="{anchor}" class="name">p{p:g} {number(value)}</text>')
-    return parts
+        lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
+        names.append(name_at(x, y, f"p{p:g} {number(value)}"))
+    for limit in limits:
+        names.append(name_at(axis.x(limit.value), TOP - 5, f"limit p{limit.p:g} {number(limit.value)}", "name missed" if limit.outcome == FAIL else "name"))
+    return lines + names
 
 
 def canvas(parts: Sequence[str], text: str) -> Markup:
@@ -211,7 +220,7 @@ def histogram(samples: Sequence[float], limits: Sequence[Limit], name: str, unit
         parts.append(f'<rect x="{x:.1f}" y="{floor - height:.1f}" width="{width:.1f}" height="{height:.1f}" class="plain"><title>{title}</title></rect>')
     parts.append(f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end" class="tick">{top}</text>')
     parts.append(f'<text x="{LEFT - 5}" y="{floor}" text-anchor="end" class="tick">0</text>')
-    return canvas(parts + percentile_marks(ordered, axis), f"{name}: how often each time occurred")
+    return canvas(parts + marks(ordered, limits, axis), f"{name}: how often each time occurred")
 
 
 def cumulative(samples: Sequence[float], limits: Sequence[Limit], name: str, unit: str = "ms") -> Markup:
@@ -230,4 +239,4 @@ def cumulative(samples: Sequence[float], limits: Sequence[Limit], name: str, uni
     for limit in limits:
         y = floor - limit.p / 100 * (floor - TOP)
         parts.append(f'<circle cx="{axis.x(limit.value):.1f}" cy="{y:.1f}" r="4" class="target"/>')
-    return canvas(parts + percentile_marks(ordered, axis), f"{name}: share of samples within each time")
+    return canvas(parts + marks(ordered, limits, axis), f"{name}: share of samples within each time")

@@ -1,7 +1,8 @@
 """The words and numbers of a report: what a metric is called, which way is better, how a figure is written.
 
 A manager reads "Time to first token, 95th percentile", an engineer `ttft_p95_ms`: both stand side by side. A new metric
-is one row of `METRICS`; a metric without a row is shown under its own name.
+is one row of `METRICS`; a metric without a row is shown under its own name. Which way a limit bounds is told by
+`compiler.limits`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compiler import limits as known_limits
 from compiler.report.document import CheckRow, Report
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
 
@@ -24,40 +26,41 @@ RESULTS = {PASS: "holds", FAIL: "missed", INCONCLUSIVE: "not proven"}
 
 @dataclass(frozen=True)
 class Metric:
-    """One row: its name in plain words, which way is better, and one sentence for the glossary."""
+    """One row: a name in plain words, and one sentence for the glossary."""
 
     label: str
-    better: str
     meaning: str
 
 
 METRICS: dict[str, Metric] = {
-    "size_mb": Metric("Size on disk", LOWER, "All files of the bundle together, in millions of bytes."),
-    "peak_rss_mb": Metric("Peak memory", LOWER, "The most memory the process held while it answered."),
-    "load_s": Metric("Time to load", LOWER, "From starting to being ready for the first request."),
-    "ttft": Metric("Time to first token", LOWER, "TTFT: how long a user waits before the first piece of the answer appears."),
-    "tpot": Metric("Time per further token", LOWER, "TPOT: how long each further piece of the answer takes."),
-    "itl": Metric("Gap between tokens", LOWER, "The pause between two pieces of the answer."),
-    "e2e": Metric("Time for the whole answer", LOWER, "From the request to the last piece of the answer."),
-    "encode": Metric("Time to encode", LOWER, "How long one request takes; @8x128 means 8 texts of 128 tokens."),
-    "decode_tok_s": Metric("Writing speed", HIGHER, "Tokens written per second after the first."),
-    "prefill_tok_s": Metric("Reading speed", HIGHER, "Tokens of the prompt read per second."),
-    "kl": Metric("Drift from the full model (KL)", LOWER, "How far the predicted probabilities stray from the full model; 0 is identical."),
-    "kl_mean": Metric("Drift from the full model (mean KL)", LOWER, "Mean over all tokens of the evaluation text, in nats; 0 is identical."),
-    "top1_agreement": Metric("Same first choice as the full model", HIGHER, "Share of tokens where both models pick the same next token."),
-    "top5_agreement": Metric("First choice within the other's best five", HIGHER, "Share of tokens where the full model's choice is among the best five."),
-    "perplexity": Metric("Perplexity", LOWER, "How surprised the model is by the evaluation text."),
-    "perplexity_ratio": Metric("Perplexity against the full model", LOWER, "1 means that nothing was lost."),
-    "cosine": Metric("Vectors like the full model's", HIGHER, "Cosine between both models' vectors; 1 is identical."),
-    "cosine_mean": Metric("Vectors like the full model's (mean)", HIGHER, "Cosine between both models' vectors; 1 is identical."),
-    "cosine_min": Metric("Vectors like the full model's (worst)", HIGHER, "The worst cosine of the evaluation set."),
-    "accuracy": Metric("Accuracy", HIGHER, "Share of items answered right."),
-    "f1": Metric("F1 score", HIGHER, "Balance of precision and recall."),
-    "exact_match": Metric("Exact match", HIGHER, "Share of answers that equal the expected one."),
-    "spearman": Metric("Rank correlation", HIGHER, "Spearman's correlation with human scores."),
-    "flips": Metric("Flipped answers", LOWER, "Share of items where compressed and full model disagree on right or wrong."),
+    "size_mb": Metric("Size on disk", "All files of the bundle together, in millions of bytes."),
+    "peak_rss_mb": Metric("Peak memory", "The most memory the process held while it answered."),
+    "load_s": Metric("Time to load", "From starting to being ready for the first request."),
+    "ttft": Metric("Time to first token", "TTFT: how long a user waits before the first piece of the answer appears."),
+    "tpot": Metric("Time per further token", "TPOT: how long each further piece of the answer takes."),
+    "itl": Metric("Gap between tokens", "The pause between two pieces of the answer."),
+    "e2e": Metric("Time for the whole answer", "From the request to the last piece of the answer."),
+    "encode": Metric("Time to encode", "How long one request takes; @8x128 means 8 texts of 128 tokens."),
+    "decode_tok_s": Metric("Writing speed", "Tokens written per second after the first."),
+    "prefill_tok_s": Metric("Reading speed", "Tokens of the prompt read per second."),
+    "kl": Metric("Drift from the full model (KL)", "How far the predicted probabilities stray from the full model; 0 is identical."),
+    "kl_mean": Metric("Drift from the full model (mean KL)", "Mean over all tokens of the evaluation text, in nats; 0 is identical."),
+    "top1_agreement": Metric("Same first choice as the full model", "Share of tokens where both models pick the same next token."),
+    "top5_agreement": Metric("First choice within the other's best five", "Share of tokens where the full model's choice is among the best five."),
+    "perplexity": Metric("Perplexity", "How surprised the model is by the evaluation text."),
+    "perplexity_ratio": Metric("Perplexity against the full model", "1 means that nothing was lost."),
+    "cosine": Metric("Vectors like the full model's", "Cosine between both models' vectors; 1 is identical."),
+    "cosine_mean": Metric("Vectors like the full model's (mean)", "Cosine between both models' vectors; 1 is identical."),
+    "cosine_min": Metric("Vectors like the full model's (worst)", "The worst cosine of the evaluation set."),
+    "accuracy": Metric("Accuracy", "Share of items answered right."),
+    "f1": Metric("F1 score", "Balance of precision and recall."),
+    "exact_match": Metric("Exact match", "Share of answers that equal the expected one."),
+    "exact_match_drop": Metric("Exact match lost by compiling", "Exact match of the full model less that of the bundle."),
+    "accuracy_drop": Metric("Accuracy lost by compiling", "Accuracy of the full model less that of the bundle."),
+    "spearman": Metric("Rank correlation", "Spearman's correlation with human scores."),
+    "flips": Metric("Flipped answers", "Share of items where compressed and full model disagree on right or wrong."),
 }
-# For names without a row: a word in them tells the way. A floor word wins: `accuracy_drop` is told by its last word.
+# For names that `compiler.limits` does not hold, the last telling word decides: `accuracy_drop` is told by `drop`.
 HIGHER_WORDS = ("accuracy", "agreement", "cosine", "f1", "match", "spearman", "correlation", "recall", "precision", "bleu", "rouge", "auc", "throughput")
 LOWER_WORDS = ("kl", "drop", "loss", "error", "wer", "cer", "flips", "perplexity", "ppl", "mb", "gb", "ms", "us", "size", "rss", "drift", "difference", "diff")
 
@@ -89,11 +92,11 @@ def ordinal(number_text: str) -> str:
 
 
 def better(check: CheckRow) -> str:
-    """Whether lower or higher values are better: by the metric's row, by a word in its name, by the outcome, else lower."""
-    metric = metric_of(check.name)
-    if metric:
-        return metric.better
-    words = check.name.split("@")[0].lower().split("_")
+    """Whether lower or higher values are better: by the row of limits, by a word in the name, by the outcome, else lower."""
+    plain = check.name.split("@")[0].lower()
+    if plain in known_limits.BY_NAME:
+        return LOWER if known_limits.BY_NAME[plain].at_most else HIGHER
+    words = plain.split("_")
     if words[-2:] == ["tok", "s"]:
         return HIGHER
     for word in reversed(words):
@@ -217,7 +220,7 @@ def headline(report: Report) -> Headline:
         return Headline(FAIL, f"No: {report.name} must not go on {target}.", f"{counted(failed, limits)} missed: {listed(failed)}.{rest}")
     if unproven:
         sentence = f"No limit is clearly missed, but {counted(unproven, limits)} not proven: {listed(unproven)}."
-        return Headline(INCONCLUSIVE, f"Not yet: nothing proves that {report.name} may go on {target}.", sentence)
+        return Headline(INCONCLUSIVE, f"Not yet: {report.name} is not proven fit for {target}.", sentence)
     return Headline(PASS, f"Yes: {report.name} may go on {target}.", f"{held(limits)}{luck(limits)}")
 
 
@@ -235,7 +238,7 @@ def luck(limits: Sequence[CheckRow]) -> str:
     chances = [check.false_pass for check in limits if check.false_pass is not None]
     if not chances:
         return ""
-    return f" Were one of them really missed, it would have passed with a probability of at most {percent(max(chances))}."
+    return f" If one were really missed, the chance of this pass would be at most {percent(max(chances))}."
 
 
 def counted(some: Sequence[CheckRow], limits: Sequence[CheckRow]) -> str:

@@ -1,0 +1,141 @@
+"""Validate: measurements against limits. Each check carries its evidence; a missing measurement never passes.
+
+Rules:
+1. Exact quantities (sizes) are compared as they are.
+2. Accuracy metrics are estimates on the evaluation data: PASS when the 95 % bound on the bad side keeps the limit, FAIL
+   when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is.
+3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
+4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
+5. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compiler.limits import BY_NAME, PERCENTILE, Quantity, quantity
+from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
+from runtimes.metrics import CONFIDENCE, look_confidence, percentile_test
+
+ACCURACY_CONFIDENCE = 0.95
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about a bundle on this machine.
+
+    size_mb    bytes a device needs, /1e6
+    accuracy   name -> {value, low, high, samples}, from evaluation
+    series     name -> raw samples in ms: ttft, tpot, encode (one per request)
+    scalars    name -> values of fresh processes: peak_rss_mb, load_s
+    medians    name -> per-request throughputs: prefill_tok_s, decode_tok_s
+    looks      how often the series were judged while sampling; 0 when their number was fixed beforehand
+    dropped    samples of disturbed windows that were left out
+    here       whether the machine that was measured is the target
+    conditions one sentence: threads, prompt and output lengths
+    """
+
+    size_mb: float
+    accuracy: Mapping[str, Mapping[str, Any]]
+    series: Mapping[str, Sequence[float]]
+    scalars: Mapping[str, Sequence[float]]
+    medians: Mapping[str, Sequence[float]]
+    looks: int = 0
+    dropped: int = 0
+    here: bool = True
+    conditions: str = ""
+
+
+def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
+    """One check per limit, then INFO rows for what was measured besides."""
+    made = [_check(quantity(name, f"limits.{name}"), limit, measured) for name, limit in limits.items()]
+    return made + [row for row in _info(measured) if row.name not in limits]
+
+
+def _check(what: Quantity, limit: float, measured: Measured) -> Check:
+    if what.name == "size_mb":
+        return Check(what.name, measured.size_mb, what.unit, limit, PASS if measured.size_mb <= limit else FAIL, note="exact")
+    if what.name in measured.accuracy:
+        return _accuracy(what, limit, measured.accuracy[what.name])
+    if match := PERCENTILE.fullmatch(what.name):
+        found = _percentile(what, limit, float(match["percentile"]), measured.series.get(match["series"], ()), measured)
+    elif what.name in measured.scalars:
+        found = _worst(what, limit, measured.scalars[what.name])
+    elif what.name in measured.medians:
+        found = _median(what, limit, measured.medians[what.name])
+    else:
+        return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="not measured for this kind of model or data")
+    if not measured.here and found.outcome != INFO:
+        note = "measured on another machine than the target: never a verdict about it"
+        return Check(**{**vars(found), "outcome": INCONCLUSIVE, "note": note})
+    return found
+
+
+def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any]) -> Check:
+    """Rule 2. `at_most` limits worry about the upper bound, others about the lower."""
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    worst, best = (high, low) if what.at_most else (low, high)
+    worst, best = (value if worst is None else worst), (value if best is None else best)
+    keeps = (lambda bound: bound <= limit) if what.at_most else (lambda bound: bound >= limit)
+    outcome = PASS if keeps(worst) else INCONCLUSIVE if keeps(best) else FAIL  # NaN keeps nothing: FAIL
+    confidence = None if low is None else ACCURACY_CONFIDENCE
+    return Check(what.name, value, what.unit, limit, outcome, metric["samples"], low, high, confidence, None if low is None else 0.025, "quantize + export")
+
+
+def _percentile(what: Quantity, limit: float | None, percentile: float, samples: Sequence[float], measured: Measured) -> Check:
+    if not len(samples):
+        return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="no undisturbed sample")
+    test = percentile_test(samples, limit, percentile, look_confidence(measured.looks) if measured.looks else CONFIDENCE)
+    note = measured.conditions + (f"; {measured.dropped} disturbed samples left out" if measured.dropped else "")
+    return Check(
+        what.name,
+        float("nan") if test.estimate is None else test.estimate,
+        what.unit,
+        limit,
+        INFO if limit is None else test.outcome,
+        test.samples,
+        test.lower,
+        test.upper,
+        test.confidence,
+        None if limit is None else test.false_pass,
+        note=note,
+    )
+
+
+def _worst(what: Quantity, limit: float, values: Sequence[float]) -> Check:
+    worst = max(values)
+    return Check(what.name, worst, what.unit, limit, PASS if worst <= limit else FAIL, len(values), min(values), worst, note="worst of fresh processes")
+
+
+def _median(what: Quantity, limit: float, values: Sequence[float]) -> Check:
+    """The median is at least the limit exactly when the 50th percentile of the negated values is at most the negated limit."""
+    test = percentile_test([-value for value in values], -limit, 50.0)
+    low, high = (None if bound is None else -bound for bound in (test.upper, test.lower))
+    middle = float(np.median(values))
+    return Check(what.name, middle, what.unit, limit, test.outcome, test.samples, low, high, test.confidence, test.false_pass, note="median over requests")
+
+
+def _info(measured: Measured) -> list[Check]:
+    rows = [Check("size_mb", measured.size_mb, "MB", note="exact")]
+    for name, metric in measured.accuracy.items():
+        rows.append(Check(name, metric["value"], _unit(name), None, INFO, metric["samples"], metric["low"], metric["high"]))
+    for series, samples in measured.series.items():
+        for percentile in PERCENTILES:
+            if len(samples):
+                what = quantity(f"{series}_p{percentile}_ms", series)
+                rows.append(_percentile(what, None, float(percentile), samples, measured))
+    for name, values in measured.scalars.items():
+        rows.append(Check(name, max(values), _unit(name), None, INFO, len(values), min(values), max(values), note="worst of fresh processes"))
+    for name, values in measured.medians.items():
+        rows.append(Check(name, float(np.median(values)), _unit(name), None, INFO, len(values), note="median over requests"))
+    return rows
+
+
+def _unit(name: str) -> str:
+    """The unit of a measurement; "" for those that nobody can limit."""
+    return BY_NAME[name].unit if name in BY_NAME else ""

@@ -1,0 +1,82 @@
+"""The canaries of a bundle: known inputs with the answers that were right when it was built.
+
+A device runs them before it serves. They catch a damaged file that still loads, a runtime with a broken kernel, and a
+tokenizer that is not the model's. Bits differ between CPUs, so outputs are compared within the tolerance that the file
+states; token ids are compared exactly.
+
+selftest.json: {"schema": 1, "canaries": [{"text", "ids", "top_ids", "logits"} | {"text", "ids", "vector"}], "atol": float}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import Bundle, open_bundle
+from runtimes.encode import Encoder
+from runtimes.generate import Generator
+from targets.errors import BundleError
+
+FILE = "selftest.json"
+TEXTS = ("The pump on line 4 stopped.", "価格は 1,280 円です。", "if x < 3:\n    return 'naïve'", "Hello   world  12345 🙂")
+TOP = 5
+KEPT = 8  # numbers of a vector that are written down
+
+
+def make_selftest(bundle: Bundle) -> dict[str, Any]:
+    """Canaries of a bundle from its own answers. The tolerance is a tenth of the spread of its outputs."""
+    answers = _answers(bundle, TEXTS)
+    spread = max(float(answer["spread"]) for answer in answers)
+    canaries = [{key: value for key, value in answer.items() if key != "spread"} for answer in answers]
+    return {"schema": 1, "atol": round(0.1 * spread, 6), "canaries": canaries}
+
+
+def run_selftest(directory: Path) -> Sequence[Mapping[str, Any]]:
+    """Let the bundle answer its canaries; returns them. Raises BundleError naming every one that differs."""
+    bundle = open_bundle(directory)
+    expected = bundle.read_json(FILE)
+    canaries, atol = expected.get("canaries"), expected.get("atol")
+    if not isinstance(canaries, list) or not canaries or not isinstance(atol, float):
+        raise BundleError(f"{directory}/{FILE}", expected="canaries and a tolerance", found="none", remedy="build the bundle again")
+    faults = []
+    for want, got in zip(canaries, _answers(bundle, [str(canary.get("text")) for canary in canaries]), strict=True):
+        if want.get("ids") != got["ids"]:
+            faults.append(f"{want['text']!r} is tokenized differently")
+        elif not _near(want, got, atol):
+            faults.append(f"{want['text']!r} is answered differently")
+    if faults:
+        raise BundleError(str(directory), expected="the answers of selftest.json", found="; ".join(faults), remedy="do not serve it: build or copy it again")
+    return canaries
+
+
+def _answers(bundle: Bundle, texts: Sequence[str]) -> list[dict[str, Any]]:
+    if bundle.kind == "decoder":
+        generator = Generator(bundle)
+        return [_next_tokens(generator, text) for text in texts]
+    encoder = Encoder(bundle)
+    return [_vector(encoder, text) for text in texts]
+
+
+def _next_tokens(generator: Generator, text: str) -> dict[str, Any]:
+    ids = generator.tokenizer.encode(text, add_special_tokens=False).ids
+    logits = generator.next_logits(ids)
+    top = np.argsort(-logits, kind="stable")[:TOP]
+    return {"text": text, "ids": ids, "top_ids": top.tolist(), "logits": [round(float(logits[i]), 4) for i in top], "spread": float(logits.std())}
+
+
+def _vector(encoder: Encoder, text: str) -> dict[str, Any]:
+    vector = np.asarray(encoder.encode([text])[0], np.float64)
+    ids = encoder.tokenizer.encode(text).ids
+    return {"text": text, "ids": ids, "vector": [round(float(value), 5) for value in vector[:KEPT]], "spread": float(vector.std())}
+
+
+def _near(want: Mapping[str, Any], got: Mapping[str, Any], atol: float) -> bool:
+    """Vectors number by number; for logits those of the expected top ids must appear again among the top, close to what they were."""
+    if "vector" in want:
+        return bool(np.allclose(want["vector"], got["vector"], rtol=0, atol=atol))
+    found = dict(zip(got["top_ids"], got["logits"], strict=True))
+    best = want["top_ids"][0]
+    return best in found and abs(found[best] - want["logits"][0]) <= atol

@@ -1,0 +1,75 @@
+"""Each rule of compiler/stages/validate.py, at its edges."""
+
+import math
+
+import numpy as np
+import pytest
+
+from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS, Verdict
+from compiler.stages.validate import Measured, checks
+
+RNG = np.random.default_rng(0)
+
+
+def measured(**changes):
+    facts = {
+        "size_mb": 90.0,
+        "accuracy": {"kl_mean": {"value": 0.05, "low": 0.04, "high": 0.06, "samples": 3000}},
+        "series": {"tpot": RNG.uniform(5, 6, 200).tolist()},
+        "scalars": {"peak_rss_mb": [200.0, 210.0]},
+        "medians": {"decode_tok_s": RNG.uniform(150, 170, 30).tolist()},
+    }
+    return Measured(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "outcome"),
+    [
+        ("size_mb", 90.0, PASS),
+        ("size_mb", 89.9, FAIL),
+        ("kl_mean", 0.06, PASS),
+        ("kl_mean", 0.05, INCONCLUSIVE),
+        ("kl_mean", 0.03, FAIL),
+        ("tpot_p95_ms", 6.1, PASS),
+        ("tpot_p95_ms", 5.2, FAIL),
+        ("tpot_p99_ms", 6.1, INCONCLUSIVE),  # 200 samples cannot prove a 99th percentile at 99 %
+        ("peak_rss_mb", 210.0, PASS),
+        ("peak_rss_mb", 209.0, FAIL),
+        ("decode_tok_s", 149.0, PASS),
+        ("decode_tok_s", 171.0, FAIL),
+        ("top1_agreement", 0.8, INCONCLUSIVE),  # asked for, not measured
+        ("encode_p95_ms", 5.0, INCONCLUSIVE),
+    ],
+)
+def test_outcomes(name, limit, outcome):
+    (check,) = [row for row in checks({name: limit}, measured()) if row.name == name]
+    assert check.outcome == outcome
+
+
+def test_not_a_number_never_passes():
+    broken = measured(accuracy={"kl_mean": {"value": math.nan, "low": math.nan, "high": math.nan, "samples": 10}})
+    assert checks({"kl_mean": 0.1}, broken)[0].outcome == FAIL
+
+
+def test_another_machine_never_passes_a_latency_limit_but_keeps_sizes():
+    rows = {row.name: row for row in checks({"tpot_p95_ms": 100.0, "peak_rss_mb": 1e6, "size_mb": 100.0}, measured(here=False))}
+    assert (rows["tpot_p95_ms"].outcome, rows["peak_rss_mb"].outcome, rows["size_mb"].outcome) == (INCONCLUSIVE, INCONCLUSIVE, PASS)
+
+
+def test_more_looks_cost_samples():
+    limit = {"tpot_p95_ms": 6.1}
+    series = {"tpot": [5.0] * 95}
+    assert checks(limit, measured(series=series))[0].outcome == PASS
+    assert checks(limit, measured(series=series, looks=4))[0].outcome == INCONCLUSIVE
+
+
+def test_verdict_is_its_worst_check():
+    made = checks({"size_mb": 100.0, "tpot_p99_ms": 6.1}, measured())
+    assert Verdict("here", made).outcome == INCONCLUSIVE
+    assert Verdict("here", [*made, *checks({"size_mb": 1.0}, measured())]).exit_code == 3
+    assert Verdict("here", checks({}, measured())).exit_code == 0
+
+
+def test_what_has_no_limit_is_shown_as_information():
+    names = {row.name for row in checks({}, measured())}
+    assert {"size_mb", "kl_mean", "tpot_p50_ms", "tpot_p99_ms", "peak_rss_mb", "decode_tok_s"} <= names
