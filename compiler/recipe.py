@@ -117,6 +117,21 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
     return recipe
 
 
+def parse_limits(settings: Sequence[str]) -> dict[str, float]:
+    """`["tpot_p95_ms=12"]` -> {"tpot_p95_ms": 12.0}. Raises RecipeError for unknown names and numbers that are not finite."""
+    limits: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        try:
+            limits[key] = float(text)
+        except ValueError as error:
+            raise RecipeError(f"--limit {setting}", expected="key=number", found=repr(text or setting), remedy="for example --limit size_mb=90") from error
+    try:
+        return dict(TargetItem(limits=limits).limits)
+    except ValidationError as error:
+        raise _first_problem(error, Path("--limit")) from error
+
+
 def _override(raw: dict[str, Any], setting: str) -> None:
     """`quantize.scheme=int4-g32` or `targets.0.limits.size_mb=90` laid over the raw mapping."""
     key, separator, text = setting.partition("=")

@@ -212,8 +212,9 @@ def _untie(base: Checkpoint, names: Names, deltas: Sequence[Delta], bound: dict[
     embedding = names.embedding()
     head = next((name for name in HEADS if name in bound or name in base.tensors), HEADS[0])
     stored = head in base.tensors
-    causal = embedding is not None and base.config.get("tie_word_embeddings", not stored) and not _is_encoder(base, head)
-    if embedding is None or not causal or (embedding not in bound and head not in bound):
+    if embedding is None or (embedding not in bound and head not in bound) or not _has_language_head(base, embedding, head):
+        return None, ()
+    if not base.config.get("tie_word_embeddings", not stored):
         return None, ()
     if _stay_tied(bound.get(embedding, []), bound.get(head, []), stored, deltas):
         shared = bound.get(embedding) or bound.get(head) or []
@@ -228,10 +229,12 @@ def _untie(base: Checkpoint, names: Names, deltas: Sequence[Delta], bound: dict[
     return (head, embedding), (f"untied {head} from {embedding}: the delta changes {sides} only on its own side; costs {size} bytes in float32",)
 
 
-def _is_encoder(base: Checkpoint, head: str) -> bool:
-    """A model with no language head: nothing is tied, whatever its config says."""
+def _has_language_head(base: Checkpoint, embedding: str, head: str) -> bool:
+    """Does the model end in a language head, stored or tied? An encoder does not, whatever its config says about tying."""
     classes = [str(name) for name in base.config.get("architectures") or ()]
-    return head not in base.tensors and bool(classes) and not any(re.search("CausalLM|LMHead", name) for name in classes)
+    if head in base.tensors or not classes:
+        return head in base.tensors or not embedding.endswith("word_embeddings.weight")
+    return any(re.search("CausalLM|LMHead", name) for name in classes)
 
 
 def _stay_tied(embedding: Sequence[Bound], head: Sequence[Bound], stored: bool, deltas: Sequence[Delta]) -> bool:

@@ -12,14 +12,14 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from compiler.limits import BY_NAME, PERCENTILE, Quantity, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
-from runtimes.metrics import CONFIDENCE, look_confidence, percentile_test
+from runtimes.metrics import percentile_test
 
 ACCURACY_CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
@@ -34,7 +34,7 @@ class Measured:
     series     name -> raw samples in ms: ttft, tpot, encode (one per request)
     scalars    name -> values of fresh processes: peak_rss_mb, load_s
     medians    name -> per-request throughputs: prefill_tok_s, decode_tok_s
-    looks      how often the series were judged while sampling; 0 when their number was fixed beforehand
+    tests      limit name -> the test that the sampler decided while sampling (its confidence pays for every look)
     dropped    samples of disturbed windows that were left out
     here       whether the machine that was measured is the target
     conditions one sentence: threads, prompt and output lengths
@@ -45,7 +45,7 @@ class Measured:
     series: Mapping[str, Sequence[float]]
     scalars: Mapping[str, Sequence[float]]
     medians: Mapping[str, Sequence[float]]
-    looks: int = 0
+    tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dropped: int = 0
     here: bool = True
     conditions: str = ""
@@ -90,19 +90,19 @@ def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any]) -> Check:
 def _percentile(what: Quantity, limit: float | None, percentile: float, samples: Sequence[float], measured: Measured) -> Check:
     if not len(samples):
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="no undisturbed sample")
-    test = percentile_test(samples, limit, percentile, look_confidence(measured.looks) if measured.looks else CONFIDENCE)
+    test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
     note = measured.conditions + (f"; {measured.dropped} disturbed samples left out" if measured.dropped else "")
     return Check(
         what.name,
-        float("nan") if test.estimate is None else test.estimate,
+        float("nan") if test["estimate"] is None else test["estimate"],
         what.unit,
         limit,
-        INFO if limit is None else test.outcome,
-        test.samples,
-        test.lower,
-        test.upper,
-        test.confidence,
-        None if limit is None else test.false_pass,
+        INFO if limit is None else test["outcome"],
+        test["samples"],
+        test["lower"],
+        test["upper"],
+        test["confidence"],
+        None if limit is None else test["false_pass"],
         note=note,
     )
 

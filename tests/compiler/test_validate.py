@@ -56,11 +56,12 @@ def test_another_machine_never_passes_a_latency_limit_but_keeps_sizes():
     assert (rows["tpot_p95_ms"].outcome, rows["peak_rss_mb"].outcome, rows["size_mb"].outcome) == (INCONCLUSIVE, INCONCLUSIVE, PASS)
 
 
-def test_more_looks_cost_samples():
+def test_a_test_decided_while_sampling_is_taken_as_it_is():
     limit = {"tpot_p95_ms": 6.1}
     series = {"tpot": [5.0] * 95}
     assert checks(limit, measured(series=series))[0].outcome == PASS
-    assert checks(limit, measured(series=series, looks=4))[0].outcome == INCONCLUSIVE
+    decided = {"estimate": 5.0, "outcome": INCONCLUSIVE, "samples": 95, "lower": None, "upper": None, "confidence": 0.998, "false_pass": 0.0077}
+    assert checks(limit, measured(series=series, tests={"tpot_p95_ms": decided}))[0].outcome == INCONCLUSIVE
 
 
 def test_verdict_is_its_worst_check():
