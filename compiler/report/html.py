@@ -20,6 +20,7 @@ from compiler.report import plots, words
 from compiler.report.document import CheckRow, LayerRow, Report, TaskRow, read_document
 from compiler.report.verdict import INFO
 
+UNITS = {"gb_s": "GB/s", "mb_s": "MB/s", "tok_s": "tokens/s", "gflops": "GFLOP/s", "gops": "GOP/s", "mb": "MB", "gb": "GB", "kb": "kB", "ms": "ms", "us": "µs"}
 NORM, EMBEDDING, ATTENTION, FEED_FORWARD, HEAD, OTHER = "Norms", "Embedding and output head", "Attention", "Feed-forward", "Classifier", "Other"
 LAYER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (  # the first match wins
     (NORM, re.compile(r"norm|ln_", re.I)),
@@ -33,7 +34,9 @@ LAYER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (  # the first match wins
 def render_html(document: Mapping[str, Any] | Report) -> str:
     """The whole report as one HTML file. Raises BundleError for a document that is not a report."""
     report = read_document(document)
-    environment = Environment(loader=PackageLoader("compiler.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("compiler.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(number=words.number, size=words.size, seconds=words.seconds, percent=words.percent, line=words.one_line, short=short_digest)
     return environment.get_template("report.html.j2").render(**sections(report)) + "\n"
 
@@ -201,7 +204,7 @@ def task_tables(rows: Sequence[TaskRow]) -> list[dict[str, Any]]:
 
 
 def task_sentence(group: Sequence[TaskRow]) -> str:
-    """"From 0.31 with the base model to 0.86 in the bundle; compiling moved it by -0.02." """
+    """ "From 0.31 with the base model to 0.86 in the bundle; compiling moved it by -0.02." """
     value = {row.system: row.value for row in group}
     merged = value.get("base+delta fp32")
     if "bundle" not in value:
@@ -232,7 +235,17 @@ def size_by_kind(layers: Sequence[LayerRow]) -> list[dict[str, Any]]:
         share = stored / total if total else 0.0
         schemes = ", ".join(dict.fromkeys(layer.scheme for layer in group if layer.scheme))
         bar = plots.share_bar(share, f"{kind}: {words.percent(share)} of the weights")
-        rows.append({"kind": kind, "count": len(group), "bytes": stored, "share": share, "bits": 8 * stored / weights if weights else None, "schemes": schemes, "bar": bar})
+        rows.append(
+            {
+                "kind": kind,
+                "count": len(group),
+                "bytes": stored,
+                "share": share,
+                "bits": 8 * stored / weights if weights else None,
+                "schemes": schemes,
+                "bar": bar,
+            }
+        )
     return sorted(rows, key=lambda row: -row["bytes"]) if total else []
 
 
@@ -255,7 +268,11 @@ def build_rows(report: Report) -> list[dict[str, Any]]:
     """What each stage cost and what it said about itself."""
     longest = max((record.seconds or 0 for record in report.records), default=0)
     return [
-        {"record": record, "bar": plots.share_bar((record.seconds or 0) / longest if longest else 0, words.seconds(record.seconds)), "measured": facts(record.measured)}
+        {
+            "record": record,
+            "bar": plots.share_bar((record.seconds or 0) / longest if longest else 0, words.seconds(record.seconds)),
+            "measured": facts(record.measured),
+        }
         for record in report.records
     ]
 
@@ -279,8 +296,16 @@ def same_text(left: str | None, right: str | None) -> bool | None:
 
 
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A mapping as (name, text) pairs: names in words, floats rounded, nested values joined; empty values left out."""
-    return [(name.replace("_", " "), plain(value)) for name, value in values.items() if value not in (None, "", [], (), {})]
+    """A mapping as (name, text) pairs: `read_gb_s: 32.1` -> ("read (GB/s)", "32.1"); nested values joined, empty ones left out."""
+    return [(spoken(name), plain(value)) for name, value in values.items() if value not in (None, "", [], (), {})]
+
+
+def spoken(name: str) -> str:
+    """A key in words, its unit in brackets: `memory_mb` -> "memory (MB)"."""
+    for suffix, unit in UNITS.items():
+        if name.endswith(f"_{suffix}"):
+            return f"{name[: -len(suffix) - 1].replace('_', ' ')} ({unit})"
+    return name.replace("_", " ")
 
 
 def plain(value: Any) -> str:

@@ -39,7 +39,7 @@ def render_junit(document: Mapping[str, Any] | Report) -> str:
     counts = {kind: str(len(suite.findall(f"testcase/{kind}"))) for kind in ("failure", "error", "skipped")}
     totals = {"tests": str(len(suite.findall("testcase"))), "failures": counts["failure"], "errors": counts["error"], "time": elapsed(report)}
     suite.attrib.update(totals | {"skipped": counts["skipped"]})
-    root = ElementTree.Element("testsuites", name="trimtab", **totals)
+    root = ElementTree.Element("testsuites", {"name": "trimtab"} | totals)
     root.append(suite)
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

@@ -16,12 +16,12 @@ from compiler.report.document import CheckRow, Report, read_document
 from compiler.report.html import facts, size_by_kind, subtitle
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
 
-ACTIVE = re.compile(r"[&<>|`*_\[\]@#~\\!$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.")
+ACTIVE = re.compile(r"[&<>|`*\[\]@#~\\!$]|(?<![^\W_])_|_(?![^\W_])|(?<=[A-Za-z]):(?=//)|(?<=www)\.")
 PLAIN_CODE = re.compile(r"[^`|\n]+")
 SIGNS = {PASS: "✅", FAIL: "❌", INCONCLUSIVE: "⚠️"}
 SAMPLES_SHOWN = 5
 
-GENAI = '''```python
+GENAI = """```python
 import json
 import onnxruntime_genai as og
 
@@ -37,13 +37,13 @@ stream = tokenizer.create_stream()
 while not generator.is_done():
     generator.generate_next_token()
     print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
-```'''
+```"""
 CHAT_LINES = {  # what changes in GENAI for a model without a chat template
     'messages = json.dumps([{"role": "user", "content": "..."}])\n': "",
     "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)": 'prompt = "..."',
     "import json\n": "",
 }
-ORT = '''```python
+ORT = """```python
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
@@ -59,7 +59,7 @@ feeds = {
 }
 wanted = {each.name for each in session.get_inputs()}
 outputs = session.run(None, {name: value for name, value in feeds.items() if name in wanted})
-```'''
+```"""
 
 
 def render_markdown(document: Mapping[str, Any] | Report) -> str:
@@ -75,7 +75,10 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
         lines = [[code(row.stage), code(row.metric), words.number(row.value)] for row in report.stages]
         parts.append(folded("Where accuracy was lost", table(("after", "metric", "value"), lines)))
     if any(row.bytes for row in report.layers):
-        rows = [[row["kind"], str(row["count"]), words.size(row["bytes"]), words.percent(row["share"]), escaped(row["schemes"])] for row in size_by_kind(report.layers)]
+        rows = [
+            [row["kind"], str(row["count"]), words.size(row["bytes"]), words.percent(row["share"]), escaped(row["schemes"])]
+            for row in size_by_kind(report.layers)
+        ]
         parts.append(folded("Where the bytes are", table(("kind", "layers", "stored", "share", "scheme"), rows)))
     if report.records:
         parts.append(folded("What the build cost", build_table(report)))
@@ -196,7 +199,9 @@ def build_table(report: Report) -> str:
 
 
 def samples_table(report: Report) -> str:
-    rows = [[escaped(words.one_line(text or "–", 200)) for text in (row.prompt, row.expected, row.reference, row.bundle)] for row in report.samples[:SAMPLES_SHOWN]]
+    rows = [
+        [escaped(words.one_line(text or "–", 200)) for text in (row.prompt, row.expected, row.reference, row.bundle)] for row in report.samples[:SAMPLES_SHOWN]
+    ]
     return table(("prompt", "expected", "full model", "bundle"), rows)
 
 

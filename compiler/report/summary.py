@@ -93,7 +93,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def build_line(report: Report) -> str:
-    """"built in 4.06 s: merge 30 ms, quantize 2.91 s (cached), export 1.12 s"."""
+    """ "built in 4.06 s: merge 30 ms, quantize 2.91 s (cached), export 1.12 s"."""
     timed = [record for record in report.records if record.seconds is not None]
     if not timed:
         return ""

@@ -85,7 +85,7 @@ def label(name: str) -> str:
 
 
 def ordinal(number_text: str) -> str:
-    """"95" -> "95th", "1" -> "1st"."""
+    """ "95" -> "95th", "1" -> "1st"."""
     if number_text[-2:] in ("11", "12", "13"):
         return number_text + "th"
     return number_text + {"1": "st", "2": "nd", "3": "rd"}.get(number_text[-1], "th")
@@ -180,13 +180,13 @@ def limit_sign(check: CheckRow) -> str:
 
 
 def allowed(check: CheckRow) -> str:
-    """"at most 105 MB" or "at least 0.8"."""
+    """ "at most 105 MB" or "at least 0.8"."""
     word = "at most" if better(check) == LOWER else "at least"
     return f"{word} {figure(check.limit, check.unit, against=check.measured)}"
 
 
 def interval(check: CheckRow) -> str:
-    """"221 to 247", "at least 221", or "exact" for a quantity without sampling error."""
+    """ "221 to 247", "at least 221", or "exact" for a quantity without sampling error."""
     if check.low is None and check.high is None:
         return "exact" if check.samples <= 1 and check.confidence is None else "–"
     if check.high is None:
@@ -225,8 +225,8 @@ def headline(report: Report) -> Headline:
 
 
 def machine_name(report: Report) -> str:
-    """The target in a sentence: a profile's name, or "this machine" for the one that compiled."""
-    return {"here": "this machine", "": "the target"}.get(report.target_id, report.target_id)
+    """The target in a sentence: a profile's name; the profile `here` means little to who reads this elsewhere."""
+    return {"here": "the machine it was compiled on", "": "the target"}.get(report.target_id, report.target_id)
 
 
 def held(limits: Sequence[CheckRow]) -> str:
@@ -248,8 +248,10 @@ def counted(some: Sequence[CheckRow], limits: Sequence[CheckRow]) -> str:
 
 
 def listed(checks: Sequence[CheckRow], at_most: int = 3) -> str:
-    """"size on disk is 112 MB, allowed is at most 105 MB; ..."."""
-    parts = [f"{in_sentence(label(check.name))} is {figure(check.measured, check.unit, check.limit)}, allowed is {allowed(check)}" for check in checks[:at_most]]
+    """ "size on disk is 112 MB, allowed is at most 105 MB; ..."."""
+    parts = [
+        f"{in_sentence(label(check.name))} is {figure(check.measured, check.unit, check.limit)}, allowed is {allowed(check)}" for check in checks[:at_most]
+    ]
     return "; ".join(parts) + (f"; and {len(checks) - at_most} more" if len(checks) > at_most else "")
 
 
