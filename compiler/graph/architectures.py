@@ -94,7 +94,7 @@ class Family:
 ATTENTION_BIAS: Mapping[str, bool | str] = MappingProxyType({"qkv": "attention_bias", "o": "attention_bias"})
 ALL_BIAS: Mapping[str, bool | str] = MappingProxyType({**ATTENTION_BIAS, "mlp": "mlp_bias"})
 
-FAMILIES: tuple[Family, ...] = (
+ROWS: tuple[Family, ...] = (
     Family("llama", "llama", "models/llama; Llama 2 (arXiv 2307.09288), Llama 3 (2407.21783)", bias_keys=ALL_BIAS),
     Family(
         "mistral",
@@ -200,13 +200,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
+FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in ROWS})
+
 
 def family_of(model_type: Any) -> Family:
     """The row of a `model_type`. Raises ArchitectureError naming the known families and the other road."""
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known = ", ".join(FAMILIES)
     raise ArchitectureError(
         "config.json: model_type",
         expected=f"a decoder family ({known})",

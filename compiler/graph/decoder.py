@@ -220,38 +220,46 @@ class DecoderBuild:
         if spec.family.fused_weights:
             sources = {f"{name}.self_attn.qkv_proj": spec.q_width + 2 * spec.kv_width}
         qkv = self.weights.linear(f"{node}/qkv_proj", x, self.matrix(f"{name}.attn.qkv_proj", sources, spec.hidden, bias=spec.qkv_bias))
-        mixed = self.attend(index, self.normed_heads(index, qkv), positions)
+        mixed = self.attend(index, self.split_heads(index, qkv, positions), positions)
         scale = spec.residual_scale if scaled else 1.0
         out = self.matrix(f"{name}.attn.o_proj", {f"{name}.self_attn.o_proj": spec.hidden}, spec.q_width, scale, spec.o_bias)
         return self.weights.linear(f"{node}/o_proj", mixed, out)
 
-    def normed_heads(self, index: int, qkv: ir.Value) -> list[ir.Value | None]:
-        """GroupQueryAttention's query, key, value: the packed matrix as it is, or split where queries and keys are normalised first."""
-        spec, graph, node, name = self.spec, self.graph, f"/layers.{index}/attn", f"model.layers.{index}.self_attn"
-        if spec.family.qk_norm == "none":
+    def split_heads(self, index: int, qkv: ir.Value, positions: Positions) -> list[ir.Value | None]:
+        """GroupQueryAttention's query, key, value: the packed matrix as it is, or split where queries and keys are normalised or rotated first."""
+        spec, graph, node, rope = self.spec, self.graph, f"/layers.{index}/attn", self.spec.layers[index].rope
+        if spec.family.qk_norm == "none" and not positions.explicit(rope):
             return [qkv, None, None]
         sizes = graph.integers(spec.q_width, spec.kv_width, spec.kv_width)
         query, key, value = graph.op(f"{node}/split", "Split", [qkv, sizes], outputs=3, axis=-1)
-        normed: list[ir.Value | None] = []
+        made: list[ir.Value | None] = []
         for part, x, heads in (("q", query, spec.heads), ("k", key, spec.kv_heads)):
-            width = spec.head_size if spec.family.qk_norm == "head" else heads * spec.head_size
-            gamma = self.weights.vector(f"{name}.{part}_norm.weight", width, offset=spec.family.norm_offset)
-            if spec.family.qk_norm == "full":
-                normed.append(self.simple_norm(f"{node}/{part}_norm", x, gamma))
-            else:  # per head on the packed row, with no reshape around it
-                normed.append(graph.op(f"{node}/{part}_norm", "BranchwiseRMSNorm", [x, gamma], MICROSOFT, epsilon=spec.norm_eps, num_branches=heads))
-        return [*normed, value]
+            x = x if spec.family.qk_norm == "none" else self.head_norm(index, part, x, heads)
+            if rope is not None and positions.explicit(rope):
+                x = positions.rotate(graph, f"{node}/{part}_rope", x, rope, (heads, spec.ropes[rope].rotary_dim))
+            made.append(x)
+        return [*made, value]
+
+    def head_norm(self, index: int, part: str, x: ir.Value, heads: int) -> ir.Value:
+        """x [batch, sequence, heads * head_size], normalised over each head or over the full width."""
+        spec, node, full = self.spec, f"/layers.{index}/attn/{part}_norm", self.spec.family.qk_norm == "full"
+        width = spec.head_size * (heads if full else 1)
+        gamma = self.weights.vector(f"model.layers.{index}.self_attn.{part}_norm.weight", width, offset=spec.family.norm_offset)
+        if full:
+            return self.simple_norm(node, x, gamma)
+        return self.graph.op(node, "BranchwiseRMSNorm", [x, gamma], MICROSOFT, epsilon=spec.norm_eps, num_branches=heads)  # no reshape around it
 
     def attend(self, index: int, heads: list[ir.Value | None], positions: Positions) -> ir.Value:
         """GroupQueryAttention with its cache: adds the layer's past inputs and present outputs to the model."""
         spec, graph, layer = self.spec, self.graph, self.spec.layers[index]
-        shape = ["batch_size", spec.kv_heads, "past_sequence_length", spec.head_size]
+        shape: list[int | str] = ["batch_size", spec.kv_heads, "past_sequence_length", spec.head_size]
         past = [graph.input(f"past_key_values.{index}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
-        inputs = [*heads, *past, positions.seqlens, positions.total, *positions.tables(layer.rope)]
+        rotation = positions.inside(layer.rope)
+        inputs = [*heads, *past, positions.seqlens, positions.total, *rotation]
         window = layer.window if layer.window is not None and layer.window < self.length else None
         attributes: dict[str, Any] = {"num_heads": spec.heads, "kv_num_heads": spec.kv_heads, "scale": spec.attention_scale, "local_window_size": window}
         node = f"/layers.{index}/attn/gqa"
-        out = graph.op(node, "GroupQueryAttention", inputs, MICROSOFT, outputs=3, do_rotary=int(layer.rope is not None), **attributes)
+        out = graph.op(node, "GroupQueryAttention", inputs, MICROSOFT, outputs=3, do_rotary=int(bool(rotation)), **attributes)
         shape = ["batch_size", spec.kv_heads, "total_sequence_length", spec.head_size]
         for part, present in zip(("key", "value"), out[1:], strict=True):
             graph.output(present, f"present.{index}.{part}", ir.DataType.FLOAT, shape)

@@ -70,7 +70,7 @@ class DataFile:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         offset = self.align(nbytes)
         for block in blocks:
-            self.write(memoryview(np.ascontiguousarray(block, dtype)).cast("B"))
+            self.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
         if self.size - offset != nbytes:
             raise ValueError(f"{name}: blocks hold {self.size - offset} bytes, {shape} {dtype} needs {nbytes}")
         return self._tensor(name, offset, nbytes, DTYPES[dtype], shape)

@@ -3,9 +3,10 @@
 The rope tables are not stored. inv_freq is (a few hundred bytes), and Mul, Cos and Sin make the tables [max_length, rotary_dim / 2] from it; all
 their inputs are constant, so onnxruntime folds them once when it loads. For a small model that is 2 % of the file.
 
-longrope (phi3): the short and the long table stand one below the other, and `position_ids` points into the long one as soon as the whole sequence
-is longer than `original_max_position_embeddings`, which is when transformers switches. Keys already in the cache keep the angles they were
-written with, there and here.
+longrope (phi3): the short and the long table stand one below the other, and a row's `position_ids` point into the long one as soon as that row is
+longer than `original_max_position_embeddings`, which is when transformers switches for a batch of one. Keys already in the cache keep the angles they
+were written with, there and here. GroupQueryAttention reads only the first position of the first row of a prompt, so these rows are rotated by
+RotaryEmbedding in front of it. A context within `original_max_position_embeddings` needs none of this.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from compiler.graph.nodes import GraphBuilder
+from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.graph.rope import Rope
 from compiler.graph.spec import DecoderSpec
 
@@ -32,9 +33,18 @@ class Positions:
     last_index: tuple[ir.Value, ir.Value, ir.Value]
     ropes: tuple[tuple[ir.Value, ir.Value, ir.Value | None], ...]
 
-    def tables(self, rope: int | None) -> list[ir.Value]:
-        """The trailing inputs of GroupQueryAttention: nothing, or cos, sin and where needed position_ids."""
-        return [] if rope is None else [value for value in self.ropes[rope] if value is not None]
+    def inside(self, rope: int | None) -> list[ir.Value]:
+        """cos and sin for GroupQueryAttention to rotate with; nothing for a layer without rope or with explicit positions."""
+        return [] if rope is None or self.explicit(rope) else list(self.ropes[rope][:2])
+
+    def explicit(self, rope: int | None) -> bool:
+        """Rotation stands in nodes of its own."""
+        return rope is not None and self.ropes[rope][2] is not None
+
+    def rotate(self, graph: GraphBuilder, node: str, x: ir.Value, rope: int, shape: tuple[int, int]) -> ir.Value:
+        """x [batch, sequence, heads * head_size], shape (heads, rotary_dim) -> the same, rotated by explicit positions."""
+        cos, sin, ids = self.ropes[rope]
+        return graph.op(node, "RotaryEmbedding", [x, ids, cos, sin], MICROSOFT, num_heads=shape[0], rotary_embedding_dim=shape[1])
 
     def last_token(self, graph: GraphBuilder) -> ir.Value:
         """GatherND indices int64 [batch, 1, 1]: clip(valid - 1 - past, 0, sequence - 1)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -142,7 +143,7 @@ class WeightWriter:
             inputs = [x, values["codes"], values["scales"], values.get("zero_points"), None, bias]
             while inputs[-1] is None:
                 inputs.pop()
-            shape = {"K": matrix.k, "N": matrix.n, "bits": matrix.scheme.bits, "block_size": matrix.scheme.group_size}
+            shape: dict[str, Any] = {"K": matrix.k, "N": matrix.n, "bits": matrix.scheme.bits, "block_size": matrix.scheme.group_size}
             return graph.op(node, "MatMulNBits", inputs, MICROSOFT, accuracy_level=4, **shape)
         y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, values["weight"])], MICROSOFT, transB=1)
         return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
@@ -163,7 +164,7 @@ class WeightWriter:
         inputs = [graph.initializer(flat), ids, graph.initializer(matrix.tensors["scales"])]
         if "zero_points" in matrix.tensors:
             inputs.append(graph.initializer(matrix.tensors["zero_points"]))
-        layout = {"bits": scheme.bits, "block_size": scheme.group_size, "gather_axis": 0, "quantize_axis": 1}
+        layout: dict[str, Any] = {"bits": scheme.bits, "block_size": scheme.group_size, "gather_axis": 0, "quantize_axis": 1}
         rows = graph.op(node, "GatherBlockQuantized", inputs, MICROSOFT, **layout)
         if scheme.group_size and matrix.k % scheme.group_size:  # the tail of the last group is padding
             rows = graph.op(f"{node}/tail", "Slice", [rows, graph.integers(0), graph.integers(matrix.k), graph.integers(-1)])

@@ -1,0 +1,50 @@
+"""Passes over a saved graph. Each says what it requires and what it ensures; the weights stay where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compiler.errors import BundleError
+from compiler.graph.nodes import save_model
+
+LAST_TOKEN = "/last_token"
+
+
+def all_logits(model_path: Path, out_path: Path) -> None:
+    """Derive the twin of a `logits="last"` graph that yields logits for every position.
+
+    requires  the gather `/last_token` of the decoder builder; `out_path` in the directory of `model_path`
+    ensures   logits float32 [batch, sequence, vocab]; no node left over; the same external data file, named by location, not copied
+
+    Raises BundleError when the gather is not there, ValueError for another directory.
+    """
+    if model_path.parent.resolve() != out_path.parent.resolve():
+        raise ValueError("the twin shares model.onnx.data by name, so it must stand in the same directory")
+    model = ir.load(model_path)
+    graph = model.graph
+    gathers = [node for node in graph if node.name == LAST_TOKEN and node.op_type == "GatherND"]
+    if len(gathers) != 1:
+        raise BundleError(
+            str(model_path), expected=f"a decoder graph with one {LAST_TOKEN} gather", found=f"{len(gathers)}", remedy="give a graph of logits=last"
+        )
+    hidden = gathers[0].inputs[0]
+    ir.convenience.replace_all_uses_with(gathers[0].outputs[0], hidden)
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
+    remove_unused(graph)
+    save_model(model, out_path)
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Remove nodes none of whose outputs is used, then initializers that nothing reads.
+
+    requires  nothing; ensures  every node leads to an output of the graph.
+    """
+    kept = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value in kept or value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and value not in kept]:
+        del graph.initializers[name]
