@@ -33,13 +33,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m compiler.reference_pages --check
+	$(BIN)/python docs/generate.py --check
 
 bench: setup
 	$(BIN)/python benchmarks/build_cost.py
 
 docs: setup
-	$(BIN)/python -m compiler.reference_pages
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) $(OUT)
