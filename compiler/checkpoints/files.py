@@ -29,7 +29,7 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             while filled < count:
-                got = file.readinto(memoryview(data)[filled:])
+                got = file.readinto(data[filled:].data)
                 if not got:
                     break
                 filled += got

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class Packing:
 
 
 FAST: Mapping[str, Packing] = {"Q4_0": Packing(18, _q4_0), "Q4_1": Packing(20, _q4_1), "Q8_0": Packing(34, _q8_0)}
-PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+PLAIN: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
 
 
 def decode(data: np.ndarray, dtype: str, columns: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from compiler.deltas.base import Change, Delta, Edit, wrong_delta
 Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last few
 
 PREFIX = "base_model.model."
+FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")  # the last one, where it is there, names a head's labels
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?P<kind>\.weight|\.bias)?")
 
 # A field of adapter_config.json that changes the mathematics, and what it stands for
@@ -66,7 +67,7 @@ def load_lora(folder: Path, origin: str, weight: float, config: Mapping[str, Any
     added = [edit for one in factors.values() for edit in _edits(origin, one, config, whole)]
     if not added and not replaced:
         raise wrong_delta(origin, "LoRA factors", "none: the file holds no tensors", "train the adapter, or gather sharded weights before saving it")
-    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    files = [path for name in FILES if (path := folder / name).is_file()]
     return Delta(
         kind="lora",
         origin=origin,
@@ -209,7 +210,8 @@ def _replacement(origin: str, name: str, view: TensorView, config: Mapping[str, 
     """A whole tensor of the trained model. Raises DeltaError for one that nothing in adapter_config.json accounts for."""
     target = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     module = target.rpartition(".")[0]
-    saved = any(re.search(rf"(^|\.){re.escape(entry)}(\.|$)", module) for entry in config.get("modules_to_save") or ())
+    # PEFT saves every module whose name ends in an entry: `norm` means input_layernorm too
+    saved = any(re.search(rf"{re.escape(entry)}(\.|$)", module) for entry in config.get("modules_to_save") or ())
     bias = config.get("bias", "none") != "none" and target.endswith(".bias")
     embedding = module in factors or module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "word_embeddings")
     if not (saved or bias or embedding):
