@@ -101,11 +101,15 @@ def open_bundle(directory: Path) -> Bundle:
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         found = "no such directory" if not directory.exists() else "a file" if directory.is_file() else "none"
-        raise BundleError(str(directory), expected=f"a bundle: a directory with a {MANIFEST}", found=found, remedy="name the directory that `trimtab compile` wrote")
+        raise BundleError(
+            str(directory), expected=f"a bundle: a directory with a {MANIFEST}", found=found, remedy="name the directory that `trimtab compile` wrote"
+        )
     manifest = read_json_object(directory / MANIFEST)
     place = str(directory / MANIFEST)
     if manifest.get("schema") != SCHEMA:
-        raise BundleError(f"{place}: schema", expected=str(SCHEMA), found=repr(manifest.get("schema")), remedy="open it with the version of trimtab that wrote it")
+        raise BundleError(
+            f"{place}: schema", expected=str(SCHEMA), found=repr(manifest.get("schema")), remedy="open it with the version of trimtab that wrote it"
+        )
     model = manifest.get("model")
     kind = model.get("kind") if isinstance(model, dict) else None
     if kind not in KINDS:

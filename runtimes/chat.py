@@ -78,7 +78,12 @@ def _raise_exception(message: str) -> None:
 
 
 def render_chat(
-    template: str, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None, add_generation_prompt: bool = True, now: datetime | None = None
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    now: datetime | None = None,
 ) -> str:
     """The prompt of a conversation.
 
@@ -90,7 +95,13 @@ def render_chat(
     """
     sandbox = _Sandbox()
     sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
-    values = {"tools": None, "documents": None, **(variables or {}), "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+    values = {
+        "tools": None,
+        "documents": None,
+        **(variables or {}),
+        "messages": [dict(message) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+    }
     written, length = [], 0
     try:
         for piece in sandbox.from_string(template).generate(values):
@@ -99,8 +110,12 @@ def render_chat(
                 raise SecurityError(f"an output of more than {OUTPUT_CAP_CHARS} characters")
             written.append(piece)
     except SecurityError as error:
-        raise BundleError("chat template", expected="a template that only reads its messages", found=f"unsafe: {error}", remedy="do not use this bundle's chat template") from error
+        raise BundleError(
+            "chat template", expected="a template that only reads its messages", found=f"unsafe: {error}", remedy="do not use this bundle's chat template"
+        ) from error
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise BundleError("chat template", expected="a template that renders these messages", found=found, remedy="change the messages or the template") from error
+        raise BundleError(
+            "chat template", expected="a template that renders these messages", found=found, remedy="change the messages or the template"
+        ) from error
     return "".join(written)

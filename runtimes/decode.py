@@ -131,7 +131,9 @@ class DecodeLoop:
         for prompt in prompts:
             if not prompt or len(prompt) > self.context_length:
                 found = "no tokens" if not prompt else f"{len(prompt)} tokens"
-                raise TrimtabError("prompt", expected=f"1 to {self.context_length} tokens", found=found, remedy="shorten the prompt: that is this model's context")
+                raise TrimtabError(
+                    "prompt", expected=f"1 to {self.context_length} tokens", found=found, remedy="shorten the prompt: that is this model's context"
+                )
         longest = max(len(prompt) for prompt in prompts)
         self._reserve(len(prompts), longest + min(expect_new, FIRST_CAPACITY))
         self._lengths = np.zeros(len(prompts), np.int64)
@@ -150,7 +152,9 @@ class DecodeLoop:
         self._lengths += 1 if active is None else active
         total = int(self._lengths.max())
         if total > self.context_length:
-            raise TrimtabError("generation", expected=f"at most {self.context_length} tokens", found=f"{total}", remedy="shorten the prompt or ask for fewer new tokens")
+            raise TrimtabError(
+                "generation", expected=f"at most {self.context_length} tokens", found=f"{total}", remedy="shorten the prompt or ask for fewer new tokens"
+            )
         if total > self._capacity:
             self._grow(total)
         self._ids[:, 0] = ids

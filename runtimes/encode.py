@@ -81,7 +81,12 @@ class Encoder:
     def logits(self, texts: Sequence[Text]) -> Floats:
         """Class scores before the softmax, [texts, labels]. Raises BundleError when the graph does not classify texts."""
         if self._rank != 2:
-            raise BundleError(str(self.bundle.directory), expected="a graph that classifies texts", found=f"output {self._output} per token", remedy="use classify_tokens or encode")
+            raise BundleError(
+                str(self.bundle.directory),
+                expected="a graph that classifies texts",
+                found=f"output {self._output} per token",
+                remedy="use classify_tokens or encode",
+            )
         return self.encode(texts)
 
     def classify(self, texts: Sequence[Text]) -> list[Classification]:
@@ -96,7 +101,9 @@ class Encoder:
     def classify_tokens(self, texts: Sequence[str]) -> list[list[TokenLabel]]:
         """The label of each token of each text; special tokens are left out."""
         if self._rank != 3:
-            raise BundleError(str(self.bundle.directory), expected="a graph that classifies tokens", found=f"output {self._output} per text", remedy="use classify")
+            raise BundleError(
+                str(self.bundle.directory), expected="a graph that classifies tokens", found=f"output {self._output} per text", remedy="use classify"
+            )
         rows: list[list[TokenLabel]] = [[] for _ in texts]
         encodings = self.tokenizer.encode_batch(list(texts))
         for places, _, output in self._batches(texts):

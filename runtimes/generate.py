@@ -1,8 +1,8 @@
 """Generate text with a decoder bundle: prompts in, tokens out one by one. No torch.
 
-    generator = Generator.open(Path("out/support-assistant/here"))
-    for piece in generator.stream("The spindle does not turn", Options(max_new_tokens=64)):
-        print(piece.text, end="", flush=True)
+generator = Generator.open(Path("out/support-assistant/here"))
+for piece in generator.stream("The spindle does not turn", Options(max_new_tokens=64)):
+    print(piece.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ class Generator:
         template = _chat_template(self.bundle.directory / "chat_template.jinja", config)
         if not template:
             raise BundleError(
-                str(self.bundle.directory), expected="a chat template", found="neither chat_template.jinja nor one in tokenizer_config.json", remedy="give a plain text prompt"
+                str(self.bundle.directory),
+                expected="a chat template",
+                found="neither chat_template.jinja nor one in tokenizer_config.json",
+                remedy="give a plain text prompt",
             )
         tokens = {key: _token_text(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
         return render_chat(template, messages, variables={**tokens, **variables})
@@ -211,7 +214,9 @@ def load_tokenizer(bundle: Bundle) -> Any:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every bad file; nothing carries on
-        raise BundleError(str(path), expected="a tokenizer.json of the tokenizers library", found=" ".join(str(error).split())[:200], remedy="build the bundle again") from error
+        raise BundleError(
+            str(path), expected="a tokenizer.json of the tokenizers library", found=" ".join(str(error).split())[:200], remedy="build the bundle again"
+        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -221,7 +221,13 @@ def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 2000, statistic: Callable[..., Any] = np.mean, groups: Sequence[int] | None = None
+    values: ArrayLike,
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    statistic: Callable[..., Any] = np.mean,
+    groups: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """A percentile bootstrap interval of `statistic(values, axis=-1)` for values [n] (Efron 1979). The seed fixes it.
 
@@ -236,9 +242,7 @@ def bootstrap_interval(
         data = np.bincount(member, data) / np.bincount(member)
     rng = np.random.default_rng(seed)
     per_round = max(1, 4_000_000 // len(data))
-    drawn = [
-        statistic(data[rng.integers(0, len(data), (min(per_round, resamples - done), len(data)))], axis=-1) for done in range(0, resamples, per_round)
-    ]
+    drawn = [statistic(data[rng.integers(0, len(data), (min(per_round, resamples - done), len(data)))], axis=-1) for done in range(0, resamples, per_round)]
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(np.concatenate(drawn), [tail, 1.0 - tail])
     return float(low), float(high)

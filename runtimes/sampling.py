@@ -66,7 +66,12 @@ class Sampler:
         best = logits.argmax(axis=-1)  # [batch]; argmax returns the first NaN when there is one, so checking the winner checks the row
         rows = np.arange(len(best))
         if not np.isfinite(logits[rows, best]).all():
-            raise TrimtabError("logits", expected="finite numbers", found="NaN or infinity", remedy="the model overflows: check it with `trimtab verify` and its accuracy report")
+            raise TrimtabError(
+                "logits",
+                expected="finite numbers",
+                found="NaN or infinity",
+                remedy="the model overflows: check it with `trimtab verify` and its accuracy report",
+            )
         ids = best if self._sampling.greedy else np.array([self._draw(logits[row], row) for row in rows], np.int64)
         if self._seen is not None:
             self._seen[rows, ids] = True

@@ -10,26 +10,19 @@ denormals    flushed to zero only where asked: it changes results in the last bi
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from targets.errors import BundleError
+from targets.machine import usable_cores
 
 REMEDY = "check the bundle with `trimtab verify`, and its onnxruntime version against the one named in manifest.json"
 
 
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, not the machine's count. At least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
-
-
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session runs. threads 0 = as many as this process has cores."""
+    """How a session runs. threads 0 = as many as this process may use physical cores."""
 
     threads: int = 0
     spinning: bool = True

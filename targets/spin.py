@@ -43,7 +43,7 @@ class Spin:
 
     def time_ms(self) -> float:
         """Milliseconds until every thread has done its share, best of three."""
-        return min(self._once() for _ in range(REPEATS))
+        return min(self.once_ms() for _ in range(REPEATS))
 
     def calibrate(self, between: Callable[[], object] | None = None, count: int = CALIBRATIONS) -> float:
         """Set the baseline: the median of `count` readings, each after `between()`, the work that will stand between readings later.
@@ -63,7 +63,8 @@ class Spin:
         ms = self.time_ms()
         return SpinReading(ms, ms <= self.tolerance * self.baseline_ms)
 
-    def _once(self) -> float:
+    def once_ms(self) -> float:
+        """Milliseconds of one round."""
         started = time.perf_counter()
         for done in [self._pool.submit(_work) for _ in range(self.threads)]:
             done.result()

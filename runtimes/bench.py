@@ -1,0 +1,319 @@
+"""Measure a bundle: load time, time to first token, time per output token, encode latency, peak memory.
+
+    python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 0]
+                             [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--progress]
+
+The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
+
+    {"schema": 1, "kind": "decoder", "conditions": {"prompt_tokens": 128, "new_tokens": 32, "threads": 2, ...},
+     "load_s": 0.41, "peak_rss_mb": 210.3, "size_mb": 78.2,
+     "series": {"ttft_ms": [...], "tpot_ms": [...], "prefill_tok_s": [...], "decode_tok_s": [...]}     (encoders: {"encode_ms": [...]})
+     "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
+     "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048, "lower": ..., "upper": ..., ...}],
+     "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}}
+
+Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of JSON
+{"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
+
+How it is measured. A request is one prompt of random token ids (seeded) and `new_tokens` greedy tokens, stop tokens ignored; it gives one sample of each
+series, because tokens of one request are not independent: TTFT, and TPOT = (t_last - t_first) / (n - 1). Peak memory is that of this fresh process, in which
+nothing but the runtime is loaded (VmHWM: what getrusage calls ru_maxrss begins with the memory of the parent that started us). load_s has the
+library already imported and the files most likely in the system's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from runtimes.bundle import Bundle, open_bundle
+from runtimes.collect import Budget, Call, Limit, Samples, collect
+from runtimes.session import SessionSettings
+from targets.errors import BundleError, TrimtabError
+from targets.machine import fingerprint
+from targets.spin import Spin
+
+SCHEMA = 1
+LIMIT_NAME = re.compile(r"(ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
+REPORT_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    prefill_chunk: int = 0
+    batch: int = 1
+    length: int = 128
+    threads: int = 0
+    seed: int = 0
+    least: int = 20
+    most: int = 2000
+    seconds: float = 120.0
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lows = {"prompt_tokens": 1, "new_tokens": 2, "prefill_chunk": 0, "batch": 1, "length": 1, "threads": 0, "seed": 0}
+        for name, low in lows.items():
+            if getattr(self, name) < low:
+                raise TrimtabError(name, expected=f"a count >= {low}", found=str(getattr(self, name)), remedy="change the option")
+        self.parsed_limits()
+
+    def parsed_limits(self) -> list[Limit]:
+        """The limits as questions. Raises TrimtabError for a name that is not one, and for NaN."""
+        parsed = []
+        for name, value in self.limits.items():
+            match = LIMIT_NAME.fullmatch(name)
+            if not match or not 0 < value < float("inf"):
+                raise TrimtabError(
+                    f"limit {name}", expected="ttft, tpot or encode, as in `ttft_p95_ms`, and a positive number", found=repr(value), remedy="change the limit"
+                )
+            parsed.append(Limit(f"{match[1]}_ms", float(match[2]), value))
+        return parsed
+
+    def arguments(self) -> list[str]:
+        """The same as a command line."""
+        words = [word for entry in fields(self) if entry.name != "limits" for word in (f"--{entry.name.replace('_', '-')}", str(getattr(self, entry.name)))]
+        return words + [word for name, value in self.limits.items() for word in ("--limit", f"{name}={value!r}")]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One measurement, as the child tells it (see the head of this file)."""
+
+    kind: str
+    conditions: Mapping[str, Any]
+    load_s: float
+    peak_rss_mb: float
+    size_mb: float
+    series: Mapping[str, Sequence[float]]
+    dropped: int
+    windows: int
+    disturbed: int
+    spin_ms: float
+    seconds: float
+    looks: int
+    tests: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, float], None] | None = None) -> BenchResult:
+    """Measure in this process. peak_rss_mb is then this process's: for a bundle's own, use `measure_in_child`. Raises BundleError, TrimtabError."""
+    import onnxruntime  # noqa: F401  (imported before the clock starts: load_s is the bundle's, not Python's)
+    import tokenizers  # noqa: F401
+
+    bundle = open_bundle(directory)
+    limits = options.parsed_limits()
+    settings = SessionSettings(threads=options.threads)
+    started = time.perf_counter()
+    call = _decoder_call(bundle, settings, options) if bundle.kind == "decoder" else _encoder_call(bundle, settings, options)
+    load_s = time.perf_counter() - started
+    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds)
+    with Spin(settings.resolved_threads()) as spin:
+        samples = collect(call, limits, budget, spin, report)
+    names = [name for name in options.limits]
+    return BenchResult(
+        kind=bundle.kind,
+        conditions={**_conditions(bundle.kind, options), "threads": settings.resolved_threads()},
+        load_s=load_s,
+        peak_rss_mb=peak_rss_bytes() / 1e6,
+        size_mb=bundle.model_bytes / 1e6,
+        series=samples.values,
+        dropped=samples.dropped,
+        windows=samples.windows,
+        disturbed=samples.disturbed,
+        spin_ms=samples.spin_ms,
+        seconds=samples.seconds,
+        looks=samples.looks,
+        tests=_tests(names, samples),
+        environment=environment(),
+    )
+
+
+def measure_in_child(directory: Path, options: BenchOptions, report: Callable[[int, int, float], None] | None = None) -> BenchResult:
+    """Measure in a fresh process with nothing but the runtime loaded. Raises what the child reports; BundleError when it dies."""
+    command = [sys.executable, "-m", "runtimes.bench", str(Path(directory).resolve()), "--json", "--progress", *options.arguments()]
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *(path for path in [os.environ.get("PYTHONPATH", "")] if path)]
+    noise = []
+    # The answer goes to a file: a pipe that nobody reads while stderr is followed would fill and stop the child.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as answer_file:
+        with subprocess.Popen(
+            command, stdout=answer_file, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        ) as child:
+            for line in child.stderr or ():
+                if line.startswith("{") and report is not None:
+                    step = json.loads(line)
+                    report(step["samples"], step["most"], step["seconds"])
+                elif not line.startswith("{"):
+                    noise.append(line.strip())
+        answer_file.seek(0)
+        text = answer_file.read()
+    if child.returncode not in (0, 1) or not text.startswith("{"):
+        found = f"exit code {child.returncode}: {' '.join(noise[-3:])[:300]}"
+        raise BundleError(
+            f"measuring {directory}", expected="a process that runs the bundle", found=found, remedy="check its memory limit and run `trimtab verify`"
+        )
+    answer = json.loads(text)
+    if "error" in answer:
+        fault = answer["error"]
+        kind = BundleError if fault.pop("kind") == "BundleError" else TrimtabError
+        raise kind(fault.pop("place"), **fault)
+    return BenchResult(**{entry.name: answer[entry.name] for entry in fields(BenchResult)})
+
+
+def peak_rss_bytes() -> int:
+    """Most resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment() -> dict[str, Any]:
+    """Facts that a reader needs to judge the figures: machine, versions, load, governor."""
+    import numpy
+    import onnxruntime
+
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {
+        "fingerprint": fingerprint(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "governor": governor.read_text().strip() if governor.exists() else None,
+    }
+
+
+def _decoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptions) -> Call:
+    import numpy as np
+
+    from runtimes.generate import Generator, Options
+
+    generator = Generator(bundle, settings)
+    if options.prompt_tokens + options.new_tokens > generator.context_length:
+        found = f"{options.prompt_tokens} + {options.new_tokens} tokens"
+        raise TrimtabError("prompt-tokens + new-tokens", expected=f"at most {generator.context_length}", found=found, remedy="measure with fewer tokens")
+    allowed = np.array([token for token in range(generator.layout.vocab_size) if token not in generator.stop_ids])
+    rng = np.random.default_rng(options.seed)
+    how = Options(max_new_tokens=options.new_tokens, ignore_eos=True, prefill_chunk=options.prefill_chunk)
+
+    def request() -> dict[str, float]:
+        prompt = rng.choice(allowed, options.prompt_tokens).tolist()
+        answer = generator.generate([prompt] * options.batch, how)[0]
+        return {
+            "ttft_ms": answer.ttft_ms,
+            "tpot_ms": answer.tpot_ms,
+            "prefill_tok_s": 1e3 * options.batch * options.prompt_tokens / answer.ttft_ms,
+            "decode_tok_s": 1e3 * options.batch / answer.tpot_ms,
+        }
+
+    return request
+
+
+def _encoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptions) -> Call:
+    import numpy as np
+
+    from runtimes.encode import Encoder
+
+    encoder = Encoder(bundle, settings)
+    if options.length > encoder.max_length:
+        raise TrimtabError("length", expected=f"at most {encoder.max_length} tokens", found=str(options.length), remedy="measure with shorter texts")
+    rng = np.random.default_rng(options.seed)
+    shape = (options.batch, options.length)
+    mask, types = np.ones(shape, np.int64), np.zeros(shape, np.int64)
+    vocabulary = encoder.tokenizer.get_vocab_size()
+
+    def request() -> dict[str, float]:
+        feeds = encoder.feeds(rng.integers(0, vocabulary, shape), mask, types)
+        started = time.perf_counter()
+        encoder.run(feeds)
+        return {"encode_ms": (time.perf_counter() - started) * 1e3}
+
+    return request
+
+
+def _conditions(kind: str, options: BenchOptions) -> dict[str, Any]:
+    names = ("prompt_tokens", "new_tokens", "prefill_chunk", "batch", "seed") if kind == "decoder" else ("batch", "length", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def _tests(names: Sequence[str], samples: Samples) -> list[dict[str, Any]]:
+    return [{"name": name, "series": limit.series, **test.to_json()} for name, (limit, test) in zip(names, samples.tests, strict=True)]
+
+
+def _progress() -> Callable[[int, int, float], None]:
+    told = 0.0
+
+    def report(samples: int, most: int, seconds: float) -> None:
+        nonlocal told
+        if seconds - told >= REPORT_EVERY_S:
+            told = seconds
+            print(json.dumps({"samples": samples, "most": most, "seconds": round(seconds, 2)}), file=sys.stderr, flush=True)
+
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The child process. Returns its exit code."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m runtimes.bench", description="Measure a bundle in this process and print one JSON object.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--json", action="store_true", help="print JSON (the only format; the flag says so)")
+    parser.add_argument("--progress", action="store_true", help="tell progress on stderr, one JSON object a line")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=MS", help="e.g. ttft_p95_ms=400; sampling goes on until it is decided")
+    for entry in fields(BenchOptions):
+        if entry.name != "limits":
+            parser.add_argument(f"--{entry.name.replace('_', '-')}", type=float if entry.name == "seconds" else int, default=entry.default)
+    given = vars(parser.parse_args(arguments))
+    bundle, progress = given.pop("bundle"), given.pop("progress")
+    given.pop("json")
+    try:
+        limits = dict(_limit(text) for text in given.pop("limit"))
+        result = measure(bundle, BenchOptions(**given, limits=limits), _progress() if progress else None)
+    except TrimtabError as error:
+        kind = "BundleError" if isinstance(error, BundleError) else "TrimtabError"
+        print(json.dumps({"error": {"kind": kind, "place": error.place, "expected": error.expected, "found": error.found, "remedy": error.remedy}}))
+        return error.exit_code
+    print(json.dumps(result.to_json()))
+    return 0
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise TrimtabError("--limit", expected="NAME=MS, e.g. ttft_p95_ms=400", found=text, remedy="change the option") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

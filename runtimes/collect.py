@@ -1,0 +1,156 @@
+"""Collect samples of a latency until its limits are decided, and drop those that someone else disturbed.
+
+1. A window is one or more calls between two readings of the reference kernel (`targets.spin`). When either reading is off, its samples are dropped and counted.
+2. After each doubling of the samples the limits are looked at. Look k may be wrong with probability (1-c) / 2^k, so all looks together keep c
+   (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing may be told after 4 samples, passing needs what the percentile needs.
+3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, PercentileTest, look_confidence, min_samples, percentile_test
+from targets.errors import TrimtabError
+from targets.spin import Spin
+
+FIRST_FAIL_LOOK = 4
+WARMUP_MOST = 8
+WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
+
+Call = Callable[[], Mapping[str, float]]  # one measured request: series -> value, e.g. {"ttft_ms": 31.0, "tpot_ms": 6.2}
+Report = Callable[[int, int, float], None]  # samples, cap, seconds
+
+
+@dataclass(frozen=True)
+class Limit:
+    """ "The `percentile`-th percentile of `series` is at most `limit`": Limit("ttft_ms", 95, 400.0)."""
+
+    series: str
+    percentile: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop. Without limits, `least` samples are taken; with them, sampling goes on to a decision or to `most` calls or `seconds`."""
+
+    least: int = 20
+    most: int = 2000
+    seconds: float = 120.0
+    window_ms: float = 40.0
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.least <= self.most and self.seconds > 0):
+            found = f"{self.least} to {self.most} requests in {self.seconds} s"
+            raise TrimtabError("measuring budget", expected="1 <= least <= most and a positive time", found=found, remedy="change the options")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was measured. values: series -> one value per kept request, in order. Latencies are in ms.
+
+    dropped       requests in windows that the reference kernel called disturbed
+    windows       windows in all; disturbed: how many of them were dropped
+    spin_ms       baseline of the reference kernel
+    looks         most looks that one limit had at a PASS: whoever judges the samples again does so at look_confidence(looks); 0 without limits
+    tests         one per limit, at the confidence that its last look had
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    dropped: int
+    windows: int
+    disturbed: int
+    spin_ms: float
+    seconds: float
+    looks: int
+    tests: tuple[tuple[Limit, PercentileTest], ...]
+
+
+class _Question:
+    """One limit and the looks taken at it."""
+
+    def __init__(self, limit: Limit, confidence: float) -> None:
+        self.limit, self._confidence = limit, confidence
+        self.looks = 0
+        self._fail_look = 1
+        self._next_pass = min_samples(limit.percentile, 0, look_confidence(1, confidence))
+        self._next_fail = FIRST_FAIL_LOOK
+        self.result: PercentileTest | None = None
+
+    def look(self, values: Sequence[float], last: bool = False) -> None:
+        """Look when it is time to, or for the last time; keeps the result once it is decided, and when it is the last."""
+        if self.result is not None:
+            return
+        if len(values) >= self._next_fail or last:
+            test = percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(self._fail_look, self._confidence))
+            self._fail_look, self._next_fail = self._fail_look + 1, 2 * self._next_fail
+            self.result = test if test.outcome == FAIL else None
+        if self.result is None and (len(values) >= self._next_pass or last):
+            test = percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(self.looks + 1, self._confidence))
+            self.looks, self._next_pass = self.looks + 1, 2 * self._next_pass
+            self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
+
+
+def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> Samples:
+    """Measure `call` as the head of this file says. Raises TrimtabError when a limit names a series that the call does not give."""
+    first = warm_up(call)
+    unknown = sorted({limit.series for limit in limits} - set(first))
+    if unknown:
+        raise TrimtabError(
+            "limits", expected=f"series among {', '.join(first)}", found=", ".join(unknown), remedy="choose another limit for this kind of bundle"
+        )
+    spin.calibrate(call, count=5)
+    questions = [_Question(limit, budget.confidence) for limit in limits]
+    values: dict[str, list[float]] = {name: [] for name in first}
+    kept = dropped = windows = disturbed = 0
+    started, before = time.perf_counter(), spin.read()
+    while True:
+        window = _window(call, budget.window_ms)
+        after = spin.read()
+        windows += 1
+        if before.quiet and after.quiet:
+            for sample in window:
+                for name, value in sample.items():
+                    values[name].append(value)
+            kept += len(window)
+        else:
+            dropped, disturbed = dropped + len(window), disturbed + 1
+        before = after
+        for question in questions:
+            question.look(values[question.limit.series])
+        seconds = time.perf_counter() - started
+        if report is not None:
+            report(kept, budget.most, seconds)
+        decided = kept >= budget.least and all(question.result is not None for question in questions)
+        if decided or kept + dropped >= budget.most or seconds >= budget.seconds:
+            break
+    for question in questions:
+        question.look(values[question.limit.series], last=True)
+    tests = tuple((question.limit, question.result) for question in questions if question.result is not None)
+    looks = max((question.looks for question in questions), default=0)
+    return Samples({name: tuple(row) for name, row in values.items()}, dropped, windows, disturbed, spin.baseline_ms, seconds, looks, tests)
+
+
+def warm_up(call: Call) -> Mapping[str, float]:
+    """Call until a call is no longer clearly faster than the best before it, at most eight times; returns the last sample."""
+    best = float("inf")
+    for _ in range(WARMUP_MOST):
+        started = time.perf_counter()
+        sample = call()
+        seconds = time.perf_counter() - started
+        if seconds >= WARMUP_SETTLED * best:
+            break
+        best = min(best, seconds)
+    return sample
+
+
+def _window(call: Call, window_ms: float) -> list[Mapping[str, float]]:
+    """Calls for about `window_ms`, at least one."""
+    samples, started = [], time.perf_counter()
+    while not samples or (time.perf_counter() - started) * 1e3 < window_ms:
+        samples.append(call())
+    return samples
