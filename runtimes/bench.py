@@ -9,7 +9,8 @@ The protocol of the child process (`measure_in_child` is its other end). One JSO
      "load_s": 0.41, "peak_rss_mb": 210.3, "size_mb": 78.2,
      "series": {"ttft_ms": [...], "tpot_ms": [...], "prefill_tok_s": [...], "decode_tok_s": [...]}     (encoders: {"encode_ms": [...]})
      "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
-     "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048, "lower": ..., "upper": ..., ...}],
+     "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048,
+                "percentile": 95, "limit": 400, "confidence": 0.995, "estimate": ..., "lower": ..., "upper": ...}],
      "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}}
 
 Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of JSON
@@ -77,9 +78,8 @@ class BenchOptions:
         for name, value in self.limits.items():
             match = LIMIT_NAME.fullmatch(name)
             if not match or not 0 < value < float("inf"):
-                raise TrimtabError(
-                    f"limit {name}", expected="ttft, tpot or encode, as in `ttft_p95_ms`, and a positive number", found=repr(value), remedy="change the limit"
-                )
+                expected = "ttft, tpot or encode, as in `ttft_p95_ms`, and a positive number"
+                raise TrimtabError(f"limit {name}", expected=expected, found=repr(value), remedy="change the limit")
             parsed.append(Limit(f"{match[1]}_ms", float(match[2]), value))
         return parsed
 
@@ -126,7 +126,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
     budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds)
     with Spin(settings.resolved_threads()) as spin:
         samples = collect(call, limits, budget, spin, report)
-    names = [name for name in options.limits]
+    names = list(options.limits)
     return BenchResult(
         kind=bundle.kind,
         conditions={**_conditions(bundle.kind, options), "threads": settings.resolved_threads()},
@@ -188,7 +188,7 @@ def peak_rss_bytes() -> int:
 
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
+        return int(getattr(memory, "peak_wset"))  # noqa: B009  (psutil's types know one platform)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -150,7 +150,8 @@ def warm_up(call: Call) -> Mapping[str, float]:
 
 def _window(call: Call, window_ms: float) -> list[Mapping[str, float]]:
     """Calls for about `window_ms`, at least one."""
-    samples, started = [], time.perf_counter()
+    samples: list[Mapping[str, float]] = []
+    started = time.perf_counter()
     while not samples or (time.perf_counter() - started) * 1e3 < window_ms:
         samples.append(call())
     return samples

@@ -24,7 +24,7 @@ from targets.errors import BundleError, TrimtabError
 Floats = NDArray[np.floating[Any]]
 ALIGNMENT_BYTES = 64
 FIRST_CAPACITY = 256
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _REMEDY = "build the bundle again: decoders follow onnxruntime-genai's names"
 
 

@@ -172,7 +172,7 @@ class Encoder:
             raise BundleError("manifest.json: model.pooling", expected="mean or cls", found=repr(pooling), remedy="build the bundle again")
         if self.bundle.model.get("normalize"):
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return vectors.astype(np.float32)  # type: ignore[no-any-return]
+        return vectors.astype(np.float32)
 
     def _label(self, index: int) -> str:
         return self.labels[index] if index < len(self.labels) else f"LABEL_{index}"
@@ -180,7 +180,7 @@ class Encoder:
 
 def _softmax(scores: NDArray[Any]) -> NDArray[Any]:
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return shares / shares.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+    return shares / shares.sum(axis=-1, keepdims=True)
 
 
 def _labels(bundle: Bundle) -> tuple[str, ...]:

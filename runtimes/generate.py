@@ -127,7 +127,7 @@ class Generator:
             return list(self.tokenizer.encode(prompt).ids)
         if prompt and isinstance(prompt[0], Mapping):
             return list(self.tokenizer.encode(self.chat_text(prompt), add_special_tokens=False).ids)  # type: ignore[arg-type]
-        ids = [int(value) for value in prompt]  # type: ignore[call-overload]
+        ids = [int(value) for value in prompt]  # type: ignore[arg-type]  # what is neither text nor messages is ids
         wrong = [value for value in ids if not 0 <= value < self.layout.vocab_size]
         if wrong:
             raise TrimtabError("prompt", expected=f"token ids below {self.layout.vocab_size}", found=str(wrong[0]), remedy="use this bundle's own tokenizer")
@@ -136,7 +136,7 @@ class Generator:
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a conversation, by the bundle's chat template. Raises BundleError when it has none."""
         config = self.bundle.read_json("tokenizer_config.json", optional=True)
-        template = _chat_template(self.bundle.directory / "chat_template.jinja", config)
+        template = self._template()
         if not template:
             raise BundleError(
                 str(self.bundle.directory),
@@ -146,6 +146,10 @@ class Generator:
             )
         tokens = {key: _token_text(config[key]) for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
         return render_chat(template, messages, variables={**tokens, **variables})
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._template())
 
     def stream(self, prompt: Prompt, options: Options | None = None) -> Iterator[Piece]:
         """Tokens of one answer as they are made. Raises TrimtabError for a prompt that leaves no room."""
@@ -169,6 +173,17 @@ class Generator:
             return loop.all_logits(ids)
         finally:
             self._idle.append(loop)
+
+    def next_logits(self, ids: Sequence[int]) -> Floats:
+        """The logits [vocab] after token ids. Raises TrimtabError when there are none, or more than the context holds."""
+        loop = self._take()
+        try:
+            return loop.start([list(ids)])[0]
+        finally:
+            self._idle.append(loop)
+
+    def _template(self) -> str:
+        return _chat_template(self.bundle.directory / "chat_template.jinja", self.bundle.read_json("tokenizer_config.json", optional=True))
 
     def _run(self, prompts: list[list[int]], options: Options) -> Iterator[Piece]:
         longest = max(len(prompt) for prompt in prompts)

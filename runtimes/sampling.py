@@ -72,7 +72,7 @@ class Sampler:
                 found="NaN or infinity",
                 remedy="the model overflows: check it with `trimtab verify` and its accuracy report",
             )
-        ids = best if self._sampling.greedy else np.array([self._draw(logits[row], row) for row in rows], np.int64)
+        ids = best if self._sampling.greedy else np.array([self._draw(logits[row], row) for row in range(len(best))], np.int64)
         if self._seen is not None:
             self._seen[rows, ids] = True
         return ids.astype(np.int64, copy=False)
@@ -110,8 +110,5 @@ def nucleus(logits: Floats, sampling: Sampling) -> tuple[NDArray[np.int64], NDAr
 
 def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest, largest first; equal values by index, so that ties do not depend on the sort."""
-    if count < len(values):
-        chosen = np.sort(np.argpartition(-values, count - 1)[:count])
-    else:
-        chosen = np.arange(len(values))
+    chosen = np.sort(np.argpartition(-values, count - 1)[:count]) if count < len(values) else np.arange(len(values))
     return chosen[np.argsort(-values[chosen], kind="stable")]

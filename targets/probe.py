@@ -27,7 +27,7 @@ from targets.profile import KernelTime, Profile, Provenance, here, with_measured
 from targets.spin import Spin
 from targets.wire import MICROSOFT, OneNode, model_bytes
 
-Report = Callable[[int, int, str], None]  # done, of, what comes next
+Report = Callable[[str, int, int], None]  # what comes next, done, of
 
 BANDWIDTH_BYTES = 256 << 20  # several times the largest cache of the machines we know
 STORAGE_BYTES = 64 << 20
@@ -72,7 +72,7 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
     threads = threads or profile.cores
     cases = list(kernel_cases())
     total = 6 + len(cases)
-    tell = report or (lambda done, of, what: None)
+    tell = report or (lambda what, done, of: None)
     started = time.perf_counter()
     deadline = started + seconds
     share = seconds / (total + 4)
@@ -86,7 +86,7 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
         ("storage_read_mb_s", "64 MiB in the temporary folder, read after its pages were dropped from the cache", lambda: _storage(folder, share)),
     ]
     for done, (name, note, measure) in enumerate(headline):
-        tell(done, total, note)
+        tell(note, done, total)
         value, timing = measure()
         measured[name] = (round(value, 4), _source(note, timing))
     rows: list[KernelTime] = []
@@ -95,9 +95,9 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
         if time.perf_counter() > deadline:
             skipped = len(cases) - (done - len(headline))
             break
-        tell(done, total, f"{case.op} {case.bits} bit, block {case.block}, {case.k} x {case.n}")
+        tell(f"{case.op} {case.bits} bit, block {case.block}, {case.k} x {case.n}", done, total)
         rows += _kernel_rows(case, threads, share)
-    tell(total, total, "done")
+    tell("done", total, total)
     note = f"onnxruntime kernels, {threads} threads, {time.perf_counter() - started:.0f} s" + (
         f"; {skipped} kernels left out for lack of time" if skipped else ""
     )

@@ -17,7 +17,19 @@ from typing import Any
 from targets.errors import TargetError
 from targets.machine import fingerprint, onnxruntime_version, this_machine
 
-__all__ = ["KernelTime", "Profile", "Provenance", "differences", "dump_profile", "fingerprint", "here", "list_profiles", "load_profile", "profile_from"]
+__all__ = [
+    "KernelTime",
+    "Profile",
+    "Provenance",
+    "differences",
+    "dump_profile",
+    "fingerprint",
+    "here",
+    "list_profiles",
+    "load_profile",
+    "profile_from",
+    "profile_names",
+]
 
 HERE = "here"
 PROFILES = Path(__file__).parent / "profiles"
@@ -80,6 +92,12 @@ class Profile:
     kernels: tuple[KernelTime, ...] = ()
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data without empty fields: what the YAML file holds."""
+        from targets.schema import as_plain
+
+        return as_plain(self)
+
     @property
     def is_here(self) -> bool:
         """Whether this profile was measured on the machine that this process runs on, under the same limits."""
@@ -104,13 +122,18 @@ def here() -> Profile:
         model=machine.model,
         onnxruntime=onnxruntime_version(),
         fingerprint=fingerprint(),
-        provenance={name: told for name in facts},
+        provenance=dict.fromkeys(facts, told),
     )
 
 
-def list_profiles() -> list[str]:
+def profile_names() -> list[str]:
     """Names that `load_profile` knows: "here", then the shipped ones in order."""
     return [HERE, *sorted(path.stem for path in PROFILES.glob("*.yaml"))]
+
+
+def list_profiles() -> list[Profile]:
+    """The profiles behind `profile_names`."""
+    return [load_profile(name) for name in profile_names()]
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
@@ -120,8 +143,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
         return here()
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
-        if text not in list_profiles():
-            raise TargetError(f"target {text!r}", expected="a profile's name or a .yaml file", found="neither", remedy=_nearest(text, list_profiles()))
+        if text not in profile_names():
+            raise TargetError(f"target {text!r}", expected="a profile's name or a .yaml file", found="neither", remedy=_nearest(text, profile_names()))
         path = PROFILES / f"{text}.yaml"
     return profile_from(_read_yaml(path), str(path))
 
@@ -137,9 +160,7 @@ def dump_profile(profile: Profile) -> str:
     """The YAML text of a profile; `load_profile` reads it back equal."""
     import yaml
 
-    from targets.schema import as_plain
-
-    text: str = yaml.safe_dump(as_plain(profile), sort_keys=False, width=160, allow_unicode=True)
+    text: str = yaml.safe_dump(profile.as_dict(), sort_keys=False, width=160, allow_unicode=True)
     return text
 
 

@@ -22,7 +22,7 @@ class StrictLoader(yaml.SafeLoader):
     """Safe YAML without what surprises: duplicate keys, aliases, explicit tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(problem="an alias or an explicit tag", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
@@ -130,7 +130,8 @@ def _fault(error: ValidationError, place: str) -> TargetError:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = {"kernels": _Kernel, "provenance": _Source}.get(str(first["loc"][0]), _Profile)
+        parts: dict[str, type[_Part]] = {"kernels": _Kernel, "provenance": _Source}
+        known = parts.get(str(first["loc"][0]), _Profile)
         remedy = _nearest(str(first["loc"][-1]), known.model_fields)
         return TargetError(f"{place}: {path}", expected="a known key", found=repr(first["loc"][-1]), remedy=remedy)
     return TargetError(f"{place}: {path}", expected=first["msg"].lower(), found=repr(first.get("input"))[:80], remedy="correct the profile")
