@@ -15,29 +15,25 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 
 from compiler.errors import ArchitectureError
-from compiler.reference import skeleton
 
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 7  # unequal, and neither is 0 or 1, which torch.export would take for constants
 OPSET = 20  # the first with Gelu; onnxruntime fuses and runs it
 
 
-def trace(config: Mapping[str, Any], task: str, origin: str) -> tuple[ir.Model, Any]:
-    """The raw graph of a task's model and transformers' config. Inputs [batch, sequence] int64, both dynamic.
+def trace(model: Any, origin: str) -> ir.Model:
+    """The raw graph of a model without weights (`compiler.reference.skeleton`). Inputs [batch, sequence] int64, both dynamic.
 
     Raises ArchitectureError when the exporter cannot follow the model's code.
     """
     import torch
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    model = skeleton(config, task, origin)
-    if getattr(model, "pooler", None) is not None and task == "feature-extraction":
-        model.pooler = None
     fill_with_untouched_pages(model)
     names = input_names(model)
     sample = {name: torch.ones(SAMPLE_BATCH, SAMPLE_LENGTH, dtype=torch.long) for name in names}
@@ -45,14 +41,13 @@ def trace(config: Mapping[str, Any], task: str, origin: str) -> tuple[ir.Model, 
     settings = OnnxConfig(dynamic=True, dynamic_shapes=axes, optimize=False, opset_version=OPSET)
     with quiet():
         try:
-            program = OnnxExporter().export(model, sample, config=settings).program
+            return OnnxExporter().export(model, sample, config=settings).program
         except (RuntimeError, ValueError, NotImplementedError, torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             place = f"{origin}: {type(model).__name__}"
             raise ArchitectureError(
                 place, expected="a model that torch.export can follow", found=reason, remedy="this family has no road yet; report it with config.json"
             ) from error
-    return program, model.config
 
 
 def input_names(model: Any) -> list[str]:
