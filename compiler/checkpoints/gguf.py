@@ -35,9 +35,7 @@ def open_gguf(path: Path, origin: str) -> Checkpoint:
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(origin, expected="token_embd.weight", found="no such tensor", remedy="this is no whole language model: name the model's file")
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
-    source = Source(
-        origin, str(header.metadata["general.architecture"]), header.metadata, shapes, lambda name: _rows(path, header.tensors[name])(0, 1).reshape(-1)
-    )
+    source = Source(origin, str(header.metadata["general.architecture"]), header.metadata, shapes, lambda name: _whole(path, header.tensors[name]))
     config = build_config(source, family)
     tensors = {}
     for name, entry in header.tensors.items():
@@ -88,6 +86,10 @@ def _rows(path: Path, entry: Entry) -> Rows:
         return ggml.decode(data, entry.dtype, columns).reshape(stop - start, *tail)
 
     return rows
+
+
+def _whole(path: Path, entry: Entry) -> np.ndarray:
+    return _rows(path, entry)(0, entry.shape[0])
 
 
 def _unpermuted(stored: Rows, head_dim: int) -> Rows:
