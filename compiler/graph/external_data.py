@@ -22,6 +22,7 @@ DTYPES = {
     np.dtype(np.float32): ir.DataType.FLOAT,
     np.dtype(np.float16): ir.DataType.FLOAT16,
     np.dtype(np.uint8): ir.DataType.UINT8,
+    np.dtype(np.int8): ir.DataType.INT8,
     np.dtype(np.int64): ir.DataType.INT64,
 }
 
