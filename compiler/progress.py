@@ -42,7 +42,7 @@ class Progress:
         spent = now - self._started
         left = f", {spent / done * (total - done):.0f} s left" if done else ""
         memory = psutil.Process().memory_info().rss / 1e6
-        self._say(f"{self._name:10s} {done}/{total} {item}, {done / spent if spent else 0:.1f}/s{left}, {memory:.0f} MB held", keep=True)
+        self._say(f"{self._name:10s} {done}/{total} {item}, {done / spent if spent else 0:.3g}/s{left}, {memory:.0f} MB held", keep=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""

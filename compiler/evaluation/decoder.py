@@ -174,12 +174,12 @@ def open_all_logits(directory: Path) -> Any:
     from compiler.graph.passes import all_logits
     from runtimes.bundle import read_json_object
     from runtimes.decode import DecodeLoop, read_layout
-    from runtimes.session import open_session
+    from runtimes.session import SessionSettings, open_session
 
     twin = directory / "all_logits.onnx"
     all_logits(directory / "model.onnx", twin)
     try:
-        session = open_session(twin)
+        session = open_session(twin, SessionSettings(spinning=False))  # torch takes turns with it on the same cores
     finally:
         twin.unlink(missing_ok=True)
     genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")

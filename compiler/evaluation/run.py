@@ -16,6 +16,7 @@ from runtimes.bundle import Bundle
 
 Report = Callable[[str, int, int], None]
 SHOWN_SAMPLES = 6
+BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a task table, as the report knows them
 
 
 def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report) -> dict[str, Any]:
@@ -48,15 +49,15 @@ def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     task: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     if rows:
-        answers = {"base + deltas, fp32": chat.answers_by_reference(reference, rows, report)}
+        answers = {MERGED: chat.answers_by_reference(reference, rows, report)}
         del reference
         if base is not None:
-            answers["base, fp32"] = chat.answers_by_reference(reference_model(base, "text-generation"), rows, report)
-        answers["bundle"] = chat.answers_by_bundle(directory, rows, report)
+            answers[BASE] = chat.answers_by_reference(reference_model(base, "text-generation"), rows, report)
+        answers[BUNDLE] = chat.answers_by_bundle(directory, rows, report)
         hits = {system: [got.strip() == row.answer.strip() for got, row in zip(texts, rows, strict=True)] for system, texts in answers.items()}
         task = [{"system": system, "metric": "exact_match", **decoder.share(hit)} for system, hit in sorted(hits.items())]
-        metrics["exact_match"] = decoder.share(hits["bundle"])
-        metrics["exact_match_drop"] = _paired_drop(hits["base + deltas, fp32"], hits["bundle"])
+        metrics["exact_match"] = decoder.share(hits[BUNDLE])
+        metrics["exact_match_drop"] = _paired_drop(hits[MERGED], hits[BUNDLE])
         samples = _samples(rows, answers)
     return {"metrics": metrics, "task": task, "samples": samples}
 
@@ -74,8 +75,8 @@ def _samples(rows: Sequence[Row], answers: Mapping[str, Sequence[str]]) -> list[
         {
             "prompt": rows[index].messages[-2]["content"],  # type: ignore[index]  # only chats come here
             "expected": rows[index].answer,
-            "reference": answers["base + deltas, fp32"][index],
-            "bundle": answers["bundle"][index],
+            "reference": answers[MERGED][index],
+            "bundle": answers[BUNDLE][index],
         }
         for index in range(min(SHOWN_SAMPLES, len(rows)))
     ]
@@ -127,8 +128,9 @@ class ChatFormat:
     def answers_by_bundle(self, directory: Path, rows: Sequence[Row], report: Report) -> list[str]:
         """Greedy answers of the exported model in our own runtime, one prompt at a time as a device would."""
         from runtimes.generate import Generator, Options
+        from runtimes.session import SessionSettings
 
-        generator = Generator(unpackaged(directory, {"kind": "decoder"}))
+        generator = Generator(unpackaged(directory, {"kind": "decoder"}), SessionSettings(spinning=False))
         options = Options(max_new_tokens=self.new_tokens(rows))
         answers = []
         for number, prompt in enumerate(self.prompts(rows)):
@@ -151,7 +153,7 @@ def _encoder(merged: Checkpoint, directory: Path, model: Mapping[str, Any], data
     if all(label is not None for label in wanted) and model["labels"]:
         metrics |= encoder.label_metrics(reference, bundle, [str(label) for label in wanted], model["labels"])
         task = [
-            {"system": "base + deltas, fp32", "metric": "accuracy", **metrics["accuracy_reference"]},
-            {"system": "bundle", "metric": "accuracy", **metrics["accuracy"]},
+            {"system": MERGED, "metric": "accuracy", **metrics["accuracy_reference"]},
+            {"system": BUNDLE, "metric": "accuracy", **metrics["accuracy"]},
         ]
     return {"metrics": metrics, "task": task, "samples": []}
