@@ -1,0 +1,198 @@
+"""The decode loop and `Generator` against eager transformers, which is slow and right."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtimes.bundle import open_bundle
+from runtimes.decode import FIRST_CAPACITY, DecodeLoop
+from runtimes.generate import Generator, Options, generate
+from runtimes.sampling import Sampling
+from runtimes.session import SessionSettings
+from targets.errors import BundleError, TrimtabError
+
+PROMPTS = ([7, 30, 31], [12], [50, 51, 52, 53, 54, 55, 56, 57, 58])
+QUIET = SessionSettings(threads=1, spinning=False)
+
+
+@pytest.fixture(scope="module")
+def generator(decoder: SimpleNamespace) -> Generator:
+    return Generator.open(decoder.directory, QUIET)
+
+
+def eager(decoder: SimpleNamespace, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of transformers, stop tokens ignored."""
+    import torch
+
+    out = decoder.model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_equals_transformers(generator: Generator, decoder: SimpleNamespace, prompt: list[int]) -> None:
+    answer = generator.generate([prompt], Options(max_new_tokens=32, ignore_eos=True))[0]
+    assert list(answer.token_ids) == eager(decoder, prompt, 32)
+    assert (answer.finish, answer.prompt_tokens, len(answer.token_ms)) == ("length", len(prompt), 32)
+    assert 0 < answer.ttft_ms <= answer.token_ms[-1] and answer.tpot_ms > 0
+
+
+def test_a_batch_answers_like_its_rows_alone(generator: Generator) -> None:
+    options = Options(max_new_tokens=40)
+    together = generator.generate(PROMPTS, options)
+    assert [row.token_ids for row in together] == [generator.generate([prompt], options)[0].token_ids for prompt in PROMPTS]
+
+
+def test_a_finished_row_waits_without_filling_the_context(decoder: SimpleNamespace) -> None:
+    generator = Generator.open(decoder.directory, QUIET)
+    long = [5 + at % 200 for at in range(generator.context_length - 4)]
+    rows = generator.generate([long, [7, 8]], Options(max_new_tokens=30, ignore_eos=True))
+    assert (len(rows[0].token_ids), len(rows[1].token_ids)) == (4, 30)
+    assert list(rows[1].token_ids) == eager(decoder, [7, 8], 30)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_prefill_in_chunks_changes_nothing(generator: Generator, chunk: int) -> None:
+    whole = generator.generate([PROMPTS[2]], Options(max_new_tokens=16))[0]
+    assert generator.generate([PROMPTS[2]], Options(max_new_tokens=16, prefill_chunk=chunk))[0].token_ids == whole.token_ids
+
+
+def test_the_cache_grows_and_keeps_what_it_holds(decoder: SimpleNamespace) -> None:
+    generator = Generator.open(decoder.directory, QUIET)
+    loop = DecodeLoop(generator._session, generator.layout, generator.context_length)
+    count = FIRST_CAPACITY + 60
+    logits, ids = loop.start([PROMPTS[0]]), []
+    assert loop.capacity == FIRST_CAPACITY
+    for _ in range(count):
+        ids.append(int(logits[0].argmax()))
+        logits = loop.step([ids[-1]])
+    assert loop.capacity > FIRST_CAPACITY
+    assert loop.lengths.tolist() == [len(PROMPTS[0]) + count]
+    assert ids == eager(decoder, PROMPTS[0], count)
+
+
+@pytest.mark.parametrize("which", ["directory", "directory_all"])
+def test_all_logits_equal_transformers_in_both_graphs(decoder: SimpleNamespace, which: str) -> None:
+    import torch
+
+    ids = np.array([[7, 30, 31, 9, 100], [12, 13, 200, 15, 16]])
+    with torch.inference_mode():
+        expected = decoder.model(torch.from_numpy(ids)).logits.numpy()
+    generator = Generator.open(getattr(decoder, which), QUIET)
+    assert generator.layout.last_token_only == (which == "directory")
+    np.testing.assert_allclose(generator.all_logits(ids), expected, atol=1e-4)
+    np.testing.assert_allclose(generator.next_logits(ids[0].tolist()), expected[0, -1], atol=1e-4)
+
+
+def test_sampling_is_fixed_by_its_seed_and_not_by_its_batch(generator: Generator) -> None:
+    def draw(seed: int, prompts: list[list[int]]) -> tuple[int, ...]:
+        return generator.generate(prompts, Options(max_new_tokens=24, ignore_eos=True, sampling=Sampling(temperature=5.0, top_k=50, top_p=0.9, seed=seed)))[0].token_ids
+
+    assert draw(1, [PROMPTS[0]]) == draw(1, [PROMPTS[0]]) == draw(1, [PROMPTS[0], PROMPTS[1]])
+    assert draw(1, [PROMPTS[0]]) != draw(2, [PROMPTS[0]])
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_text(decoder: SimpleNamespace) -> None:
+    generator = Generator.open(decoder.directory, QUIET)
+    assert generator.stop_ids == {2, 4}  # genai_config.json says 2, generation_config.json [2, 4]
+    free = generator.generate([PROMPTS[0]], Options(max_new_tokens=20, ignore_eos=True))[0]
+    at = 5
+    stop = free.token_ids[at]
+    generator.stop_ids = frozenset([stop])
+    ended = generator.generate([PROMPTS[0]], Options(max_new_tokens=20))[0]
+    first = free.token_ids.index(stop)
+    assert ended.finish == "stop" and ended.token_ids == free.token_ids[: first + 1]
+    assert free.text.startswith(ended.text)
+
+
+def test_streaming_gives_the_same_text_and_stop_strings_cut_it(generator: Generator) -> None:
+    options = Options(max_new_tokens=48, ignore_eos=True)
+    whole = generator.generate(["Once upon"], options)[0]
+    pieces = list(generator.stream("Once upon", options))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.index for piece in pieces] == list(range(48)) and [piece.finish for piece in pieces[:-1]] == [""] * 47
+    stop = whole.text[6:9]
+    cut = generator.generate(["Once upon"], Options(max_new_tokens=48, ignore_eos=True, stop=(stop,)))[0]
+    assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)] and len(cut.token_ids) < 48
+
+
+def test_two_streams_at_once_do_not_disturb_each_other(generator: Generator) -> None:
+    options = Options(max_new_tokens=12, ignore_eos=True)
+    alone = [generator.generate([prompt], options)[0].token_ids for prompt in PROMPTS[:2]]
+    mixed = list(itertools.zip_longest(generator.stream(PROMPTS[0], options), generator.stream(PROMPTS[1], options)))
+    assert [tuple(pair[row].token_id for pair in mixed) for row in range(2)] == alone
+
+
+def test_the_answer_ends_where_the_context_does(generator: Generator) -> None:
+    prompt = [5 + at % 200 for at in range(generator.context_length - 3)]
+    answer = generator.generate([prompt], Options(max_new_tokens=50, ignore_eos=True))[0]
+    assert (len(answer.token_ids), answer.finish) == (3, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([5] * 384, "prompt: expected at most 383 tokens, found 384 tokens; shorten the prompt"),
+        ([], "expected 1 to 384 tokens, found no tokens"),
+        ([5, 99999], "expected token ids below"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(generator: Generator, prompt: list[int], message: str) -> None:
+    with pytest.raises(TrimtabError, match=message):
+        generator.generate([prompt])
+
+
+def test_stepping_past_the_context_is_refused(generator: Generator) -> None:
+    loop = DecodeLoop(generator._session, generator.layout, generator.context_length)
+    loop.start([[5] * generator.context_length])
+    with pytest.raises(TrimtabError, match="expected at most 384 tokens"):
+        loop.step([5])
+
+
+def test_a_conversation_goes_through_the_template(generator: Generator, decoder: SimpleNamespace) -> None:
+    messages = [{"role": "user", "content": "a pump"}]
+    text = "<|im_start|>user\na pump<|im_end|>\n<|im_start|>assistant\n"
+    assert generator.has_chat_template and generator.chat_text(messages) == text
+    assert generator.prompt_ids(messages) == decoder.tokenizer.encode(text, add_special_tokens=False).ids
+    assert generator.prompt_ids(messages)[0] == 3  # <|im_start|> is one token, not its letters
+
+
+def test_a_bundle_without_template_says_so(generator: Generator, tmp_path: Path, decoder: SimpleNamespace) -> None:
+    copy = tmp_path / "bundle"
+    copy.mkdir()
+    for path in decoder.directory.iterdir():
+        if path.name not in ("tokenizer_config.json", "manifest.json"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    bundle = open_bundle(decoder.directory)
+    without = Generator(type(bundle)(copy, bundle.manifest, bundle.kind, bundle.files), QUIET)
+    assert not without.has_chat_template
+    with pytest.raises(BundleError, match="expected a chat template"):
+        without.chat_text([{"role": "user", "content": "x"}])
+
+
+def test_one_call_is_enough(decoder: SimpleNamespace) -> None:
+    (answer,) = generate(decoder.directory, ["Once"], Options(max_new_tokens=3, ignore_eos=True), threads=1)
+    assert len(answer.token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: Options(max_new_tokens=0), lambda: Sampling(temperature=float("nan")), lambda: Sampling(top_p=0.0), lambda: Sampling(repetition_penalty=0.0)]
+)
+def test_options_that_make_no_sense(wrong: object) -> None:
+    with pytest.raises(TrimtabError, match="change the option"):
+        wrong()  # type: ignore[operator]
+
+
+def test_the_runtime_brings_no_training_library() -> None:
+    """A device has neither torch nor onnx; importing any of the two packages must not ask for them."""
+    modules = ["bench", "bundle", "chat", "collect", "decode", "encode", "generate", "metrics", "sampling", "session", "text"]
+    code = "".join(f"import runtimes.{name}\n" for name in modules) + "import targets.probe, targets.schema, targets.wire\nimport sys\n"
+    code += "print([name for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'scipy', 'compiler') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
