@@ -25,6 +25,7 @@ from compiler.errors import ArchitectureError, CheckpointError
 from compiler.graph.external_data import DataFile
 from compiler.graph.genai_config import genai_config
 from compiler.graph.nodes import MICROSOFT, GraphBuilder, save_model
+from compiler.graph.passes import remove_unused
 from compiler.graph.positions import Positions, prologue
 from compiler.graph.spec import ACTIVATIONS, DecoderSpec, decoder_spec
 from compiler.graph.weights import Matrix, Progress, WeightWriter
@@ -89,7 +90,9 @@ def export_decoder(
         build = DecoderBuild(spec, graph, WeightWriter(checkpoint, schemes, data, graph, progress), length)
         build.decoder(logits)
         data_bytes = data.size
-    model_bytes = save_model(graph.model(), directory / "model.onnx")
+    model = graph.model()
+    remove_unused(model.graph)
+    model_bytes = save_model(model, directory / "model.onnx")
     config = genai_config(spec, checkpoint.config, checkpoint.assets, length)
     (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     rows = tuple(MatrixRow(matrix.name, (matrix.n, matrix.k), str(matrix.scheme), matrix.nbytes) for matrix in build.matrices)

@@ -96,6 +96,7 @@ class WeightWriter:
         total = self.checkpoint.parameter_count
         for view in views:
             for _, block in view.blocks():
+                finite(self.checkpoint.origin, view.name, block)
                 yield block if scale == 1.0 else block * np.float32(scale)
                 self.done += block.size
                 if self.progress is not None:
@@ -109,7 +110,7 @@ class WeightWriter:
         def codes() -> Iterator[np.ndarray]:
             for block in blocks:
                 packed = nbits.quantize(block, scheme)
-                scales.append(finite(self.checkpoint.origin, name, packed.scales))  # a bad weight spoils the scale of its group
+                scales.append(packed.scales)
                 if packed.zero_points is not None:
                     zero_points.append(packed.zero_points)
                 yield packed.codes
@@ -125,7 +126,6 @@ class WeightWriter:
 
         def converted() -> Iterator[np.ndarray]:
             for block in blocks:
-                finite(self.checkpoint.origin, name, block)
                 with np.errstate(over="ignore"):
                     half = block.astype(dtype)
                 if dtype == np.float16 and not np.isfinite(half).all():
@@ -172,7 +172,11 @@ class WeightWriter:
 
 
 def finite(origin: str, name: str, values: np.ndarray) -> np.ndarray:
-    """`values`, checked. Raises CheckpointError for NaN or infinity (min and max carry both)."""
-    if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):
+    """`values`, checked. Raises CheckpointError for NaN or infinity.
+
+    A sum of squares carries both and costs one pass; where it overflows, every value is looked at.
+    """
+    flat = values.reshape(-1)
+    if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
         raise CheckpointError(f"{origin}: {name}", expected="finite weights", found="NaN or infinity", remedy="repair or replace the checkpoint or the delta")
     return values

@@ -1,0 +1,51 @@
+"""Each fault that makes MatMulNBits dequantize on every call is found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from compiler.errors import BundleError
+from compiler.graph.lint import lint, require_clean
+from compiler.graph.nodes import MICROSOFT, GraphBuilder, save_model
+
+GOOD: dict[str, Any] = {"K": 32, "N": 4, "bits": 4, "block_size": 32, "accuracy_level": 4}
+
+
+def graph(zero_points: np.ndarray | None = None, g_idx: bool = False, **changes: Any) -> ir.Model:
+    build = GraphBuilder()
+    x = build.input("x", ir.DataType.FLOAT, ["n", 32])
+    inputs = [x, build.constant("codes", np.zeros((4, 1, 16), np.uint8)), build.constant("scales", np.ones((4, 1), np.float32))]
+    inputs.append(None if zero_points is None else build.constant("zero_points", zero_points))
+    inputs.append(build.constant("g_idx", np.zeros(32, np.int32)) if g_idx else None)
+    attributes = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    build.output(build.op("mm", "MatMulNBits", inputs, MICROSOFT, **attributes), "y", ir.DataType.FLOAT, ["n", 4])
+    return build.model()
+
+
+def test_a_clean_graph() -> None:
+    assert lint(graph()) == []
+    assert lint(graph(np.zeros((4, 1), np.uint8))) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (graph(np.zeros((4, 1), np.float32)), "zero points of type FLOAT"),
+        (graph(g_idx=True), "g_idx is set"),
+        (graph(accuracy_level=0), "accuracy_level 0"),
+        (graph(accuracy_level=None), "accuracy_level 0"),
+        (graph(block_size=8), "block_size 8"),
+    ],
+)
+def test_faults_are_named(model: ir.Model, words: str, tmp_path: Path) -> None:
+    (fault,) = lint(model)
+    assert fault.startswith("mm: ")
+    assert words in fault
+    save_model(model, tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match="keep their weights packed"):
+        require_clean(tmp_path / "model.onnx")
