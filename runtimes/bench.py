@@ -270,7 +270,7 @@ def _tests(names: Sequence[str], samples: Samples) -> list[dict[str, Any]]:
 
 
 def _progress() -> Callable[[int, int, float], None]:
-    told = 0.0
+    told = -REPORT_EVERY_S
 
     def report(samples: int, most: int, seconds: float) -> None:
         nonlocal told

@@ -98,7 +98,11 @@ def encoder_model() -> Callable[..., bytes]:
         from onnx import TensorProto, helper, numpy_helper
 
         inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask", "token_type_ids")]
-        constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([2], np.int64), "two"), numpy_helper.from_array(np.array([1], np.int64), "one")]
+        constants = [
+            numpy_helper.from_array(table, "table"),
+            numpy_helper.from_array(np.array([2], np.int64), "two"),
+            numpy_helper.from_array(np.array([1], np.int64), "one"),
+        ]
         nodes = [
             helper.make_node("Gather", ["table", "input_ids"], ["words"]),
             helper.make_node("Cast", ["token_type_ids"], ["types"], to=TensorProto.FLOAT),

@@ -92,7 +92,9 @@ def test_all_logits_equal_transformers_in_both_graphs(decoder: SimpleNamespace, 
 
 def test_sampling_is_fixed_by_its_seed_and_not_by_its_batch(generator: Generator) -> None:
     def draw(seed: int, prompts: list[list[int]]) -> tuple[int, ...]:
-        return generator.generate(prompts, Options(max_new_tokens=24, ignore_eos=True, sampling=Sampling(temperature=5.0, top_k=50, top_p=0.9, seed=seed)))[0].token_ids
+        return generator.generate(prompts, Options(max_new_tokens=24, ignore_eos=True, sampling=Sampling(temperature=5.0, top_k=50, top_p=0.9, seed=seed)))[
+            0
+        ].token_ids
 
     assert draw(1, [PROMPTS[0]]) == draw(1, [PROMPTS[0]]) == draw(1, [PROMPTS[0], PROMPTS[1]])
     assert draw(1, [PROMPTS[0]]) != draw(2, [PROMPTS[0]])
@@ -182,7 +184,8 @@ def test_one_call_is_enough(decoder: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: Options(max_new_tokens=0), lambda: Sampling(temperature=float("nan")), lambda: Sampling(top_p=0.0), lambda: Sampling(repetition_penalty=0.0)]
+    "wrong",
+    [lambda: Options(max_new_tokens=0), lambda: Sampling(temperature=float("nan")), lambda: Sampling(top_p=0.0), lambda: Sampling(repetition_penalty=0.0)],
 )
 def test_options_that_make_no_sense(wrong: object) -> None:
     with pytest.raises(TrimtabError, match="change the option"):

@@ -1,0 +1,119 @@
+"""Sampling until decided: with a scripted machine in place of the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from runtimes.collect import Budget, Limit, Samples, collect, warm_up
+from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
+from targets.errors import TrimtabError
+from targets.spin import Spin, SpinReading
+
+P95_FIRST_LOOK = min_samples(95, 0, look_confidence(1))
+
+
+class Script(Spin):
+    """A reference kernel whose readings are scripted; quiet when the script ends."""
+
+    def __init__(self, readings: Iterator[bool] = iter(())) -> None:
+        super().__init__(1)
+        self._readings = readings
+
+    def time_ms(self) -> float:
+        return 1.0
+
+    def read(self) -> SpinReading:
+        quiet = next(self._readings, True)
+        return SpinReading(1.0 if quiet else 9.0, quiet)
+
+
+def run(values: Iterator[float], limits: list[Limit], budget: Budget, spin: Script | None = None) -> Samples:
+    """Collect with one call a window."""
+    with spin or Script() as kernel:
+        return collect(lambda: {"ttft_ms": next(values)}, limits, budget, kernel)
+
+
+def constant(value: float) -> Iterator[float]:
+    while True:
+        yield value
+
+
+def budget(**changes: float) -> Budget:
+    return Budget(**{"least": 1, "most": 3000, "window_ms": 0.0, **changes})  # type: ignore[arg-type]
+
+
+def test_a_clear_pass_takes_the_first_look_and_no_more() -> None:
+    samples = run(constant(10.0), [Limit("ttft_ms", 95, 20.0)], budget())
+    ((limit, test),) = samples.tests
+    assert (limit.percentile, test.outcome, test.misses, test.samples) == (95, PASS, 0, P95_FIRST_LOOK)
+    assert len(samples.values["ttft_ms"]) == P95_FIRST_LOOK and samples.looks == 1
+    assert test.confidence == look_confidence(1) and test.false_pass <= 0.005
+
+
+def test_a_clear_fail_is_told_after_four_samples() -> None:
+    ((_, test),) = run(constant(30.0), [Limit("ttft_ms", 95, 20.0)], budget()).tests
+    assert (test.outcome, test.samples) == (FAIL, 4)
+
+
+def test_a_close_call_ends_at_the_cap_without_a_verdict() -> None:
+    rng = np.random.default_rng(0)
+    values = iter(np.where(rng.random(10_000) < 0.05, 30.0, 10.0).tolist())
+    samples = run(values, [Limit("ttft_ms", 95, 20.0)], budget(most=400))
+    ((_, test),) = samples.tests
+    assert (test.outcome, test.samples) == (INCONCLUSIVE, 400) and samples.looks >= 2
+
+
+def test_sampling_goes_on_until_every_limit_is_decided() -> None:
+    samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0), Limit("ttft_ms", 95, 20.0), Limit("ttft_ms", 90, 5.0)], budget())
+    assert [test.outcome for _, test in samples.tests] == [PASS, PASS, FAIL]
+    assert [test.samples for _, test in samples.tests] == [min_samples(50, 0, look_confidence(1)), P95_FIRST_LOOK, 4]
+
+
+def test_disturbed_windows_are_dropped_and_counted() -> None:
+    # readings: before, then one after each window; a bad one spoils the window before it and the one after
+    samples = run(iter([*[1.0] * 13, *range(100, 110)]), [], budget(least=6), Script(iter([True, True, False, True])))  # type: ignore[arg-type]
+    assert (samples.windows, samples.disturbed, samples.dropped) == (8, 2, 2)
+    kept = samples.values["ttft_ms"]
+    assert len(kept) == 6 and samples.tests == ()
+
+
+def test_a_machine_that_is_never_quiet_gives_no_verdict() -> None:
+    samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0)], budget(most=50), Script(constant(0.0)))  # type: ignore[arg-type]
+    ((_, test),) = samples.tests
+    assert (test.outcome, test.samples, samples.dropped) == (INCONCLUSIVE, 0, 50)
+
+
+def test_time_is_a_cap_too() -> None:
+    samples = run(constant(10.0), [Limit("ttft_ms", 99.9, 20.0)], budget(seconds=0.02))
+    assert samples.tests[0][1].outcome == INCONCLUSIVE and samples.seconds < 5
+
+
+def test_simulated_false_passes_over_many_looks() -> None:
+    """600 machines exactly at the limit, each looked at many times: together the looks keep the 1 % (bound at four standard errors)."""
+    rng = np.random.default_rng(5)
+    passes = 0
+    for _ in range(600):
+        values = iter(np.where(rng.random(600) < 0.5, 30.0, 10.0).tolist())
+        passes += run(values, [Limit("ttft_ms", 50, 20.0)], budget(most=250)).tests[0][1].outcome == PASS
+    assert passes / 600 <= 0.01 + 4 * (0.01 * 0.99 / 600) ** 0.5
+
+
+def test_warm_up_stops_when_calls_get_no_faster() -> None:
+    calls = []
+
+    def call() -> dict[str, float]:
+        calls.append(1)
+        return {"x": 1.0}
+
+    warm_up(call)
+    assert 2 <= len(calls) <= 8
+
+
+def test_mistakes() -> None:
+    with pytest.raises(TrimtabError, match="limits: expected series among ttft_ms, found encode_ms"):
+        run(constant(1.0), [Limit("encode_ms", 50, 1.0)], budget())
+    with pytest.raises(TrimtabError, match="measuring budget"):
+        Budget(least=5, most=2)
