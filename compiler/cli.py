@@ -40,16 +40,14 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
     try:
-        cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
-        code = 0
+        # Without standalone mode click returns the code of an Exit; commands themselves return nothing.
+        code = cli.main(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False) or 0
     except TrimtabError as error:
         click.echo(f"trimtab: {error}", err=True)
         code = error.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except click.exceptions.Exit as done:
-        code = done.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("trimtab: interrupted; nothing was published", err=True)
         code = 130

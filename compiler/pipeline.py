@@ -294,13 +294,14 @@ def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], rep
     from runtimes.bundle import open_bundle, verify_bundle
     from runtimes.selftest import run_selftest
 
+    extra = parse_limits(limits)
     with progress.stage("verify", str(bundle)):
         verify_bundle(bundle)
         run_selftest(bundle)
     manifest = open_bundle(bundle).manifest
     profile = load_profile(target or manifest["target"]["id"])
     built = load_document(bundle / "report.json")
-    asked = {**manifest["limits"].get(manifest["target"]["id"], {}), **parse_limits(limits)}
+    asked = {**manifest["limits"].get(manifest["target"]["id"], {}), **extra}
     accuracy = {row["name"]: {**row, "value": row["measured"]} for row in built["verdict"]["checks"] if row["name"] in _evaluated(manifest)}
     if not target and manifest["target"]["fingerprint"]:
         profile = replace(profile, fingerprint=manifest["target"]["fingerprint"])

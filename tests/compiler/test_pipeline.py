@@ -1,0 +1,121 @@
+"""The main job end to end on a tiny real model, through the command line: verdicts, caching, what is published and what is not."""
+
+import json
+
+import pytest
+
+from compiler import pipeline
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr(pipeline, "MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline, "FRESH_PROCESSES", 1)
+
+
+@pytest.fixture
+def recipe(tiny_llama, tiny_lora, tmp_path):
+    def write(limits, scheme="int8-g32", **more):
+        rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is."}]} for n in range(4)]
+        (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        path = tmp_path / "recipe.yaml"
+        parts = {
+            "name": "tiny",
+            "base": str(tiny_llama),
+            "deltas": [{"path": str(tiny_lora), "weight": 1.0}],
+            "quantize": {"scheme": scheme},
+            "evaluate": {"data": "eval.jsonl"},
+            "targets": [{"profile": "here", "limits": limits}],
+            **more,
+        }
+        path.write_text(json.dumps(parts))  # JSON is YAML
+        return path
+
+    return write
+
+
+def folders(out):
+    return sorted(path.name for path in out.iterdir()) if out.exists() else []
+
+
+def test_pass_publishes_a_whole_bundle_and_the_second_build_is_cached(trimtab, recipe, tmp_path):
+    path, out = recipe({"size_mb": 5, "kl_mean": 0.05, "ttft_p50_ms": 2000}), tmp_path / "out"
+    code, stdout, stderr = trimtab("compile", path, "--out", out)
+    assert code == 0, stderr
+    assert "PASS" in stdout and folders(out) == ["tiny-here"]
+    bundle = out / "tiny-here"
+    assert {"manifest.json", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "selftest.json", "report.html", "report.json", "README.md"} <= {
+        path.name for path in bundle.iterdir()
+    }
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert [record["stage"] for record in manifest["records"]] == ["merge", "export", "evaluate"]
+    assert manifest["lineage"]["deltas"][0]["touched"] == 6
+
+    code, stdout, stderr = trimtab("compile", path, "--out", out, "--json")
+    (again,) = json.loads(stdout)
+    assert code == 0 and {row["stage"]: row["cached"] for row in again["document"]["records"]}["export"]
+    assert json.loads((bundle / "manifest.json").read_text())["digest"] == manifest["digest"]
+
+    assert trimtab("verify", bundle)[0] == 0
+    assert trimtab("inspect", bundle)[1].startswith("kind")
+    code, stdout, _ = trimtab("run", bundle, "Say 3.", "--max-new-tokens", 5, "--json")
+    assert code == 0 and len(json.loads(stdout)["token_ids"]) <= 5
+    code, stdout, _ = trimtab("validate", bundle, "--limit", "size_mb=0.001", "--report", tmp_path / "report", "--junit", tmp_path / "junit.xml")
+    assert code == 3 and (tmp_path / "report" / "report.html").exists() and "<failure" in (tmp_path / "junit.xml").read_text()
+
+    weights = bundle / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    code, _, stderr = trimtab("verify", bundle)
+    assert code == 1 and "model.onnx.data is altered" in stderr and stderr.count("\n") == 1
+
+
+def test_a_missed_limit_is_exit_3_and_no_bundle(trimtab, recipe, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = trimtab("compile", recipe({"size_mb": 0.01}), "--out", out)
+    assert code == 3 and "FAIL" in stdout
+    assert folders(out) == ["tiny-here.report"]
+    assert json.loads((out / "tiny-here.report" / "report.json").read_text())["verdict"]["outcome"] == "FAIL"
+
+
+def test_what_was_not_measured_is_inconclusive_and_exit_4(trimtab, recipe, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, _ = trimtab("compile", recipe({"cosine_min": 0.9}), "--out", out)
+    assert code == 4 and "INCONCLUSIVE" in stdout and folders(out) == ["tiny-here.report"]
+
+
+def test_plan_says_what_is_cached(trimtab, recipe, tmp_path):
+    path = recipe({"size_mb": 5})
+    states = {row["stage"]: row["state"] for row in json.loads(trimtab("plan", path, "--json")[1])[0]["steps"]}
+    assert states == {"merge": "view", "export": "to do", "evaluate": "to do", "measure": "always runs", "package": "always runs"}
+    trimtab("compile", path, "--out", tmp_path / "out")
+    states = {row["stage"]: row["state"] for row in json.loads(trimtab("plan", path, "--json")[1])[0]["steps"]}
+    assert states["export"] == states["evaluate"] == "cached"
+    changed = json.loads(trimtab("plan", path, "--set", "quantize.scheme=int4-g32", "--json")[1])[0]["steps"]
+    assert {row["stage"]: row["state"] for row in changed}["export"] == "to do"
+
+
+def test_fp32_bundle_has_no_divergence_worth_naming(trimtab, recipe, tmp_path):
+    code, stdout, stderr = trimtab("compile", recipe({"kl_mean": 1e-6, "top1_agreement": 0.999}, scheme="fp32"), "--out", tmp_path / "out")
+    assert code == 0, stdout + stderr
+
+
+def test_merge_quantize_and_export_write_what_they_say(trimtab, tiny_llama, tiny_lora, tmp_path):
+    code, stdout, stderr = trimtab("merge", tiny_llama, "--delta", f"{tiny_lora}=0.5", "--out", tmp_path / "merged")
+    assert code == 0, stderr
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_hidden_layers == 2
+    assert trimtab("quantize", tmp_path / "merged", "--scheme", "int4-g32", "--out", tmp_path / "seen")[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "seen") is not None
+    assert trimtab("export", tiny_llama, "--delta", tiny_lora, "--scheme", "int4-g32", "--out", tmp_path / "onnx")[0] == 0
+    assert (tmp_path / "onnx" / "model.onnx").exists()
+    code, _, stderr = trimtab("export", tiny_llama, "--out", tmp_path / "onnx")
+    assert code == 1 and "expected a new or empty folder" in stderr
+
+
+def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
+    code, _, stderr = trimtab("compile", recipe({}), "--target", "moon", "--out", tmp_path / "out")
+    assert code == 2 and "expected a target of the recipe (here), found moon" in stderr
