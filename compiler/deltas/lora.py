@@ -21,7 +21,7 @@ import numpy as np
 
 from compiler.checkpoints.files import sha256_file, sha256_parts
 from compiler.checkpoints.view import TensorView
-from compiler.deltas.base import Change, Delta, Edit, wrong_delta
+from compiler.deltas.base import Change, Delta, Edit, low_rank, wrong_delta
 
 Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last few
 
@@ -76,8 +76,17 @@ def load_lora(folder: Path, origin: str, weight: float, config: Mapping[str, Any
         digest_of=lambda: sha256_parts({path.name: sha256_file(path) for path in files}),
         base_name=str(config.get("base_model_name_or_path") or ""),
         task=str(config.get("task_type") or ""),
+        every_layer=_adapts_every_layer(config),
         tied=bool(config.get("ensure_weight_tying")),
     )
+
+
+def _adapts_every_layer(config: Mapping[str, Any]) -> bool:
+    """target_modules is a list of names without layer numbers, and nothing else picks layers."""
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not modules or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return False
+    return not any(part.isdigit() for module in modules for part in str(module).split("."))
 
 
 def _refuse_variants(origin: str, config: Mapping[str, Any]) -> None:
@@ -189,15 +198,15 @@ def _linear_change(factors: Factors, scale: float, whole: Whole) -> Change:
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
         stop = first + len(base)
         if transposed:
-            return (whole(factors.a)[:, first:stop].T * np.float32(scale)) @ whole(factors.b).T
-        return (factors.b.rows(first, stop) * np.float32(scale)) @ whole(factors.a)
+            return low_rank(whole(factors.a)[:, first:stop].T * np.float32(scale), whole(factors.b).T)
+        return low_rank(factors.b.rows(first, stop) * np.float32(scale), whole(factors.a))
 
     return change
 
 
 def _embedding_change(factors: Factors, scale: float, whole: Whole) -> Change:
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
-        return (whole(factors.a)[:, first : first + len(base)].T * np.float32(scale)) @ whole(factors.b).T
+        return low_rank(whole(factors.a)[:, first : first + len(base)].T * np.float32(scale), whole(factors.b).T)
 
     return change
 

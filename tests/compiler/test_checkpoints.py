@@ -130,8 +130,14 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         "overlaps its neighbour",
     ),
     "hole": (container({}, header=header(a={"dtype": "U8", "shape": [1], "data_offsets": [1, 2]})) + b"ab", "leaves a hole"),
-    "shape and span differ": (container({}, header=header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]})) + b"abcd", r"expected 8 bytes for F32 \[2\]"),
-    "unknown type": (container({}, header=header(a={"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]})) + b"a", "found F8_E4M3; save the checkpoint in float32"),
+    "shape and span differ": (
+        container({}, header=header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]})) + b"abcd",
+        r"expected 8 bytes for F32 \[2\]",
+    ),
+    "unknown type": (
+        container({}, header=header(a={"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]})) + b"a",
+        "found F8_E4M3; save the checkpoint in float32",
+    ),
     "fields missing": (container({}, header=header(a={"dtype": "F32"})), "expected dtype, shape and data_offsets"),
     "a pickle by another name": (b"\x80\x04\x95" + b"\0" * 40, "expected a whole safetensors file"),
 }
@@ -151,30 +157,39 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 
 
-def rename(name: str, to: str) -> Callable[[Path], None]:
-    return lambda path: None if (path / name).rename(path / to) else None
+def rename(name: str, to: str) -> Callable[[Path], object]:
+    return lambda path: (path / name).rename(path / to)
 
 
-def text(name: str, content: str) -> Callable[[Path], None]:
-    return lambda path: None if (path / name).write_text(content) else None
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_text(content)
 
 
-FOLDERS: dict[str, tuple[list[Callable[[Path], None]], str]] = {
+FOLDERS: dict[str, tuple[list[Callable[[Path], object]], str]] = {
     "no config": ([remove("config.json")], "expected config.json, found none; name the folder"),
     "bad config": ([text("config.json", "{oops")], "expected the model's config in JSON, found .*; restore the file"),
     "config is a list": ([text("config.json", "[]")], "a JSON object, found a list"),
     "nothing": ([remove("model.safetensors")], "found no safetensors file"),
-    "pickle": ([rename("model.safetensors", "pytorch_model.bin")], "pytorch_model.bin: expected safetensors, found a pickle.*refused; convert it to safetensors in a sandbox"),
+    "pickle": (
+        [rename("model.safetensors", "pytorch_model.bin")],
+        "pytorch_model.bin: expected safetensors, found a pickle.*refused; convert it to safetensors in a sandbox",
+    ),
     "pickle .pt": ([rename("model.safetensors", "model.pt")], "found a pickle"),
     "an adapter": ([rename("model.safetensors", "adapter_model.safetensors"), text("adapter_config.json", "{}")], "found an adapter"),
     "several files": ([rename("model.safetensors", "a.safetensors"), text("b.safetensors", "")], "2 safetensors files and no index"),
-    "shard missing": ([text("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}')], "gone.safetensors: expected a shard that the index names, found no such file; download"),
+    "shard missing": (
+        [text("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}')],
+        "gone.safetensors: expected a shard that the index names, found no such file; download",
+    ),
     "shard outside": ([text("model.safetensors.index.json", '{"weight_map": {"a": "../m/model.safetensors"}}')], "expected shards beside the index"),
     "index names a tensor too many": (
         [text("model.safetensors.index.json", json.dumps({"weight_map": dict.fromkeys("abz", "model.safetensors")}))],
         "index.json: z: expected the tensor in model.safetensors, found no such tensor",
     ),
-    "index names a tensor too few": ([text("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}')], "index.json: b: expected every tensor"),
+    "index names a tensor too few": (
+        [text("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}')],
+        "index.json: b: expected every tensor",
+    ),
     "index without a map": ([text("model.safetensors.index.json", "{}")], "expected a weight_map"),
 }
 
@@ -228,14 +243,16 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host\nand a long story")
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match="owner/name: expected an existing path, or a hub id that can be downloaded, found no route to host; check") as caught:
+    with pytest.raises(
+        CheckpointError, match="owner/name: expected an existing path, or a hub id that can be downloaded, found no route to host; check"
+    ) as caught:
         open_checkpoint("owner/name")
     assert "\n" not in str(caught.value)
 
 
 def test_require_tokenizer(tmp_path: Path) -> None:
     made = folder(tmp_path / "m", GOOD)
-    with pytest.raises(CheckpointError, match="expected tokenizer.json, found no tokenizer file; put tokenizer.json beside the weights"):
+    with pytest.raises(CheckpointError, match=r"expected tokenizer.json, found no tokenizer file; put tokenizer.json beside the weights"):
         require_tokenizer(open_checkpoint(str(made)))
     (made / "vocab.txt").write_text("a\n")
     with pytest.raises(CheckpointError, match=r"found only vocab.txt; write it once with transformers"):
@@ -252,7 +269,12 @@ def checkpoint(tensors: dict[str, TensorView], config: dict[str, Any] | None = N
 
 
 def in_memory(name: str, array: np.ndarray, dtype: str = "F32") -> TensorView:
-    return TensorView(name, array.shape, dtype, lambda start, stop: array.reshape(max(array.size // max(int(np.prod(array.shape[1:])), 1), 1), *array.shape[1:])[start:stop].copy())
+    return TensorView(
+        name,
+        array.shape,
+        dtype,
+        lambda start, stop: array.reshape(max(array.size // max(int(np.prod(array.shape[1:])), 1), 1), *array.shape[1:])[start:stop].copy(),
+    )
 
 
 @pytest.mark.parametrize("dtype, bits", [("F32", "<u4"), ("F16", "<u2"), ("BF16", "<u2"), ("F64", "<u8"), ("I64", "<u8")])

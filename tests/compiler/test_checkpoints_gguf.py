@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 gguf = pytest.importorskip("gguf")
@@ -75,20 +75,37 @@ def test_rotary_order_is_undone_for_any_rows(heads: int, half: int, data: st.Dat
 # families, there and back
 
 
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases, tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama 3 rope": (
         "Llama",
-        {"rope_parameters": dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
     ),
     "llama, wide heads": ("Llama", {"head_dim": 16}),
     "granite": ("Granite", {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "qwen2": ("Qwen2", {}),
-    "qwen2 yarn": ("Qwen2", {"rope_parameters": dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)}),
+    "qwen2 yarn": ("Qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {}),
@@ -96,7 +113,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {
             "original_max_position_embeddings": 16,
-            "rope_parameters": dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.25, 1.5, 2.0], long_factor=[2.0, 3.0, 4.0, 5.5]),
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 5.5]},
         },
     ),
     "gemma3": ("Gemma3", {"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}),
@@ -275,7 +292,10 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated header": (lambda content: content[:60], "run past the end"),
     "truncated data": (lambda content: content[:-40], "tensor token_embd.weight ends at byte .*: the file is truncated; copy or download"),
     "huge count": (lambda content: content[:8] + b"\xff" * 8 + content[16:], "run past the end|unknown|dimensions"),
-    "unknown architecture": (patch(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"), "expected a GGUF architecture of llama, .* found mamba; use the model's safetensors"),
+    "unknown architecture": (
+        patch(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"),
+        "expected a GGUF architecture of llama, .* found mamba; use the model's safetensors",
+    ),
     "missing number": (patch(b"llama.block_count", b"llama.block_kount"), "expected a positive number under llama.block_count, found None"),
     "unknown tensor": (patch(b"token_embd.weight", b"token_emcd.weight"), "expected token_embd.weight"),
 }
@@ -372,7 +392,10 @@ def test_ends_are_added_where_the_file_says_so() -> None:
     assert (config["tokenizer_class"], config["bos_token"], config["add_eos_token"]) == ("PreTrainedTokenizerFast", "<|bos|>", True)
 
 
-@pytest.mark.parametrize("change, message", [({"tokenizer.ggml.pre": "viking"}, "expected a pre-tokenizer of gpt-2, .* found 'viking'"), ({"tokenizer.ggml.pre": None}, "found None")])
+@pytest.mark.parametrize(
+    "change, message",
+    [({"tokenizer.ggml.pre": "viking"}, "expected a pre-tokenizer of gpt-2, .* found 'viking'"), ({"tokenizer.ggml.pre": None}, "found None")],
+)
 def test_unknown_pre_tokenizer_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         tokenizer_json(byte_level("gpt-2", **change), "x.gguf")
@@ -406,7 +429,7 @@ def test_sentence_piece_merges_by_score_and_falls_back_to_bytes() -> None:
 
 
 def test_merges_from_scores_by_hand() -> None:
-    metadata = {"tokenizer.ggml.scores": [0.0, 0.0, 0.0, -2.0, -1.0], "tokenizer.ggml.tokens": list("abc") + ["ab", "bc"], "tokenizer.ggml.token_type": [1] * 5}
+    metadata = {"tokenizer.ggml.scores": [0.0, 0.0, 0.0, -2.0, -1.0], "tokenizer.ggml.tokens": [*list("abc"), "ab", "bc"], "tokenizer.ggml.token_type": [1] * 5}
     assert merges_from_scores(metadata, {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}) == [("b", "c"), ("a", "b")]
 
 

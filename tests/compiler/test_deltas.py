@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.deltas.base import low_rank
 from compiler.deltas.combine import combine_named
 from compiler.deltas.load import load_delta
 from compiler.deltas.lora import scale_of
@@ -99,6 +100,12 @@ def test_row_blocks_make_the_whole(tmp_path: Path, out: int, width: int, rank: i
     np.testing.assert_allclose(blocks, view.read(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows, columns, rank", [(7, 5, 2), (700, 1100, 16), (300, 2500, 32), (3, 4000, 33), (2000, 3, 8)])
+def test_tiled_product_is_the_product(rows: int, columns: int, rank: int) -> None:
+    left, right = f32(rank, rows, seed=1).T, f32(rank, columns, seed=2)
+    np.testing.assert_allclose(low_rank(left, right), left.astype(np.float64) @ right, atol=1e-5 * rank)
+
+
 def test_embedding_rows(tmp_path: Path) -> None:
     a, b = f32(2, 10, seed=1), f32(4, 2, seed=2)
     module = f"{ROOT}model.embed_tokens"
@@ -138,7 +145,14 @@ def test_digest_moves_with_every_part(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "one", pair(Q, 6, 4))
     other = write_adapter(tmp_path / "two", pair(Q, 6, 4, seed=9))
     base = base_of(LLAMA)
-    lists = [[], [load_delta(source)], [load_delta(source, weight=0.5)], [load_delta(other)], [load_delta(source), load_delta(other)], [load_delta(other), load_delta(source)]]
+    lists = [
+        [],
+        [load_delta(source)],
+        [load_delta(source, weight=0.5)],
+        [load_delta(other)],
+        [load_delta(source), load_delta(other)],
+        [load_delta(other), load_delta(source)],
+    ]
     assert len({merged_view(base, deltas).digest for deltas in lists}) == len(lists)
     copy = write_adapter(tmp_path / "elsewhere" / "copy", pair(Q, 6, 4))
     assert load_delta(copy).digest == load_delta(source).digest
@@ -166,9 +180,9 @@ def test_head_on_a_bare_encoder(tmp_path: Path) -> None:
         modules_to_save=["classifier"],
     )
     (tmp_path / "d" / "config.json").write_text(json.dumps({"id2label": {"0": "billing", "1": "outage", "2": "other"}}))
-    base = base_of({f"{query}.weight": f32(4, 4), "embeddings.word_embeddings.weight": f32(9, 4)}, model_type="bert", architectures=["BertModel"])
+    base = base_of({f"{query}.weight": f32(4, 4), "pooler.dense.weight": f32(4, 4)}, model_type="bert", architectures=["BertModel"])
     merged = merged_view(base, [load_delta(source)])
-    assert set(merged.tensors) == {f"bert.{query}.weight", "bert.embeddings.word_embeddings.weight", "classifier.weight", "classifier.bias"}
+    assert set(merged.tensors) == {f"bert.{query}.weight", "bert.pooler.dense.weight", "classifier.weight", "classifier.bias"}
     assert all(name == view.name for name, view in merged.tensors.items())
     np.testing.assert_array_equal(merged.tensors["classifier.weight"].rows(1, 3), f32(3, 4)[1:3])
     assert merged.config["architectures"] == ["BertForSequenceClassification"]
@@ -221,14 +235,18 @@ def test_keys_that_match_nothing(tmp_path: Path) -> None:
 
 def test_partial_match_lists_the_lost_and_the_nearest(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "d", {**pair(Q, 6, 4), **pair("model.layers.1.self_attn.q_proj", 6, 4)})
-    message = rf"found 1 of 2 keys match nothing: model.layers.1.self_attn.q_proj.weight; nearest to .*: {Q}.weight.*use the base it was trained on, acme/base-1"
+    message = (
+        rf"found 1 of 2 keys match nothing: model.layers.1.self_attn.q_proj.weight; nearest to .*: {Q}.weight.*use the base it was trained on, acme/base-1"
+    )
     with pytest.raises(DeltaError, match=message):
         merged_view(base_of(LLAMA), [load_delta(source)])
 
 
 def test_shape_of_another_base(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "d", pair(Q, 8, 5))
-    with pytest.raises(DeltaError, match=r"q_proj.weight: expected a base tensor of shape \[8, 5\], found \[6, 4\] in the base: the adapter is for another base; use the base"):
+    with pytest.raises(
+        DeltaError, match=r"q_proj.weight: expected a base tensor of shape \[8, 5\], found \[6, 4\] in the base: the adapter is for another base; use the base"
+    ):
         merged_view(base_of(LLAMA), [load_delta(source)])
 
 
@@ -264,7 +282,11 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     "activated": (pair(Q, 6, 4), {"alora_invocation_tokens": [1]}, "activated LoRA"),
     "pissa": (pair(Q, 6, 4), {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changed the base; save it again with save_pretrained"),
     "another kind": (pair(Q, 6, 4), {"peft_type": "VERA"}, "expected a delta of kind LORA, found VERA; merge it with PEFT .*: VERA is not built yet; LoRA is"),
-    "a tensor of neither": ({**pair(Q, 6, 4), f"{ROOT}surprise.weight": f32(2, 2)}, {}, "surprise.weight: expected lora factors, or a module that modules_to_save names"),
+    "a tensor of neither": (
+        {**pair(Q, 6, 4), f"{ROOT}surprise.weight": f32(2, 2)},
+        {},
+        "surprise.weight: expected lora factors, or a module that modules_to_save names",
+    ),
 }
 
 
@@ -281,7 +303,7 @@ def test_replaced_modules_need_weight_one(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "d", {**pair(Q, 6, 4), f"{ROOT}model.norm.weight": f32(4)}, modules_to_save=["norm"])
     with pytest.raises(DeltaError, match=r"model.norm.weight: expected weight 1.0 for a module that is replaced whole, found 0.5; give this delta weight 1.0"):
         merged_view(base_of(LLAMA), [load_delta(source, weight=0.5)])
-    with pytest.raises(DeltaError, match="model.norm.weight: expected one delta that replaces it, found .* and .*; keep the module in one"):
+    with pytest.raises(DeltaError, match=r"model.norm.weight: expected one delta that replaces it, found .* and .*; keep the module in one"):
         merged_view(base_of(LLAMA), [load_delta(source), load_delta(source)])
 
 
@@ -289,7 +311,11 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
     "no config": ({}, ["adapter_config.json"], "expected an adapter folder with adapter_config.json, found none"),
     "bad config": ({"adapter_config.json": "{"}, [], "expected the adapter's config in JSON"),
     "no weights": ({}, ["adapter_model.safetensors"], "expected adapter_model.safetensors, found none"),
-    "pickle": ({"adapter_model.bin": "x"}, ["adapter_model.safetensors"], "adapter_model.bin: expected adapter_model.safetensors, found a pickle.*refused; convert it in a sandbox"),
+    "pickle": (
+        {"adapter_model.bin": "x"},
+        ["adapter_model.safetensors"],
+        "adapter_model.bin: expected adapter_model.safetensors, found a pickle.*refused; convert it in a sandbox",
+    ),
     "truncated": ({"adapter_model.safetensors": "x"}, [], "expected a whole safetensors file, found 1 bytes"),
 }
 
@@ -307,11 +333,11 @@ def test_broken_folder(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_bad_weight(tmp_path: Path) -> None:
-    with pytest.raises(DeltaError, match="no-such-adapter: .*found no such path"):
+    with pytest.raises(DeltaError, match=r"no-such-adapter: .*found no such path"):
         load_delta("no-such-adapter", relative_to=tmp_path)
     write_adapter(tmp_path / "d", pair(Q, 6, 4))
     assert load_delta("d", relative_to=tmp_path).weight == 1.0
-    with pytest.raises(DeltaError, match="expected a finite weight, found nan; correct deltas.weight"):
+    with pytest.raises(DeltaError, match=r"expected a finite weight, found nan; correct deltas.weight"):
         load_delta("d", weight=float("nan"), relative_to=tmp_path)
 
 
@@ -327,3 +353,26 @@ def test_another_base_by_digest(tmp_path: Path) -> None:
     delta = replace(load_delta(write_adapter(tmp_path / "d", pair(Q, 6, 4))), base_digest="c" * 64)
     with pytest.raises(DeltaError, match="expected the base it was made from, cccccccccccc, found bbbbbbbbbbbb; compile it with the base it names"):
         merged_view(base_of(LLAMA), [delta])
+
+
+def test_adapter_of_a_shallower_base(tmp_path: Path) -> None:
+    """By name and shape an adapter of one layer fits a base of two; that it says "every q_proj" gives it away."""
+    two = {**LLAMA, "model.layers.1.self_attn.q_proj.weight": f32(6, 4)}
+    source = write_adapter(tmp_path / "d", pair(Q, 6, 4), target_modules=["q_proj"])
+    message = (
+        r"model.layers.\*.self_attn.q_proj.weight: expected all 2 layers of the base, .* found 1 adapted, 1 not: the adapter is for a base of another depth"
+    )
+    with pytest.raises(DeltaError, match=message):
+        merged_view(base_of(two), [load_delta(source)])
+    merged_view(base_of(LLAMA), [load_delta(source)])
+    for choice in ({"layers_to_transform": [0]}, {"target_modules": r".*\.0\..*q_proj"}, {"target_modules": ["layers.0.self_attn.q_proj"]}):
+        merged_view(base_of(two), [load_delta(write_adapter(tmp_path / "chosen", pair(Q, 6, 4), **{"target_modules": ["q_proj"], **choice}))])
+
+
+def test_embedding_under_a_mask_head_is_refused(tmp_path: Path) -> None:
+    module = f"{ROOT}bert.embeddings.word_embeddings"
+    factors = {f"{module}.lora_embedding_A": f32(2, 9), f"{module}.lora_embedding_B": f32(4, 2)}
+    base = base_of({"bert.embeddings.word_embeddings.weight": f32(9, 4)}, model_type="bert", architectures=["BertForMaskedLM"])
+    with pytest.raises(DeltaError, match="which this base ties to its mask head; set task_type"):
+        merged_view(base, [load_delta(write_adapter(tmp_path / "d", factors))])
+    merged_view(base, [load_delta(write_adapter(tmp_path / "d", factors, task_type="FEATURE_EXTRACTION"))])

@@ -42,7 +42,8 @@ SYNTHETIC = """
     write_checkpoint(merged, here / "out")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = open_checkpoint(str(here / "out")).tensors[name(0)].rows(rows - 1, rows)
-    print(json.dumps({"before_mb": before / 1024, "after_mb": after / 1024, "value": float(first[0, 0]), "bytes": (here / "out" / "model.safetensors").stat().st_size}))
+    size = (here / "out" / "model.safetensors").stat().st_size
+    print(json.dumps({"before_mb": before / 1024, "after_mb": after / 1024, "value": float(first[0, 0]), "bytes": size}))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ transformers = pytest.importorskip("transformers")
 from compiler.checkpoints.resolve import open_checkpoint  # noqa: E402
 from compiler.checkpoints.write import write_checkpoint  # noqa: E402
 from compiler.deltas.load import load_delta  # noqa: E402
+from compiler.errors import DeltaError  # noqa: E402
 from compiler.stages.merge import merged_view, plan_merge  # noqa: E402
 
-LLAMA = dict(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
-BERT = dict(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+BERT = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -125,6 +135,36 @@ def logits(model: Any) -> np.ndarray:
         return model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits.numpy()
 
 
+FAMILIES = {
+    "roberta": ("RobertaConfig", "RobertaModel", ["query", "value"], ""),
+    "distilbert": ("DistilBertConfig", "DistilBertModel", ["q_lin", "v_lin"], ""),
+    "mpnet": ("MPNetConfig", "MPNetModel", ["attn.q", "attn.v"], ""),
+    "deberta": ("DebertaV2Config", "DebertaV2Model", ["query_proj", "value_proj"], "pooler"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_other_encoders(family: str, tmp_path: Path) -> None:
+    config_class, model_class, targets, between = FAMILIES[family]
+    torch.manual_seed(5)
+    sizes = {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "vocab_size": 64} if family == "distilbert" else BERT
+    getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).save_pretrained(str(tmp_path / "base"))
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "base"), num_labels=3)
+    base = open_checkpoint(str(tmp_path / "base"))
+    options = {"task_type": "SEQ_CLS", "target_modules": targets}
+    if between:  # a layer that was random in training, and that PEFT saves only when told to
+        train(copy.deepcopy(trained), lora(**options), tmp_path / "incomplete")
+        with pytest.raises(DeltaError, match=f"in neither: it was random .*train it again with modules_to_save=.*{between}"):
+            merged_view(base, [load_delta(str(tmp_path / "incomplete"))])
+        options["modules_to_save"] = ["classifier", between]
+    wrapped = train(trained, lora(**options), tmp_path / "delta")
+    write_checkpoint(merged_view(open_checkpoint(str(tmp_path / "base")), [load_delta(str(tmp_path / "delta"))]), tmp_path / "out")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "out")).eval()
+    assert again.config.num_labels == 3
+    np.testing.assert_allclose(logits(again), logits(wrapped), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cls, auto", [("SEQ_CLS", "AutoModelForSequenceClassification"), ("TOKEN_CLS", "AutoModelForTokenClassification")])
 def test_bert_with_a_head_that_the_base_lacks(cls: str, auto: str, tmp_path: Path) -> None:
@@ -166,6 +206,21 @@ def test_tied_model_computes_what_the_adapter_computed(case: str, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [{"target_modules": ["wte"]}, {"target_modules": ["lm_head", "c_attn"]}, {"target_modules": ["c_attn"]}])
+def test_tied_gpt2_whose_checkpoint_has_no_prefix(case: dict[str, Any], tmp_path: Path) -> None:
+    """The published gpt2 says `h.0...` and `wte.weight`; a head beside them needs the full names."""
+    from safetensors.torch import save_file
+
+    gpt2().save_pretrained(str(tmp_path / "base"))
+    bare = {name.removeprefix("transformer."): value.contiguous() for name, value in gpt2().transformer.state_dict().items()}
+    save_file(bare, str(tmp_path / "base" / "model.safetensors"), {"format": "pt"})
+    wrapped = train(gpt2(), lora(**case), tmp_path / "delta")
+    write_checkpoint(merged_view(open_checkpoint(str(tmp_path / "base")), [load_delta(str(tmp_path / "delta"))]), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out")).eval()
+    np.testing.assert_allclose(logits(again), logits(wrapped), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_variants_are_refused_by_name(options: dict[str, Any], tmp_path: Path) -> None:
     train(llama(), lora(target_modules=["q_proj"], **options), tmp_path / "delta")
@@ -176,5 +231,5 @@ def test_variants_are_refused_by_name(options: dict[str, Any], tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")
 def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     train(llama(), peft.LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path / "delta")
-    with pytest.raises(Exception, match="found LOHA; merge it with PEFT .* not built yet; LoRA is"):
+    with pytest.raises(Exception, match=r"found LOHA; merge it with PEFT .* not built yet; LoRA is"):
         load_delta(str(tmp_path / "delta"))

@@ -1,0 +1,127 @@
+"""Binding deltas to a base: every edit finds its tensor and fits it, or the merge does not start."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from compiler.checkpoints.view import Checkpoint
+from compiler.deltas.base import Delta, Edit, wrong_delta
+from compiler.deltas.names import HEADS, STORED_INPUT_FIRST, Names
+from compiler.errors import DeltaError
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An edit that fits a tensor of the base. transposed: the base holds it as [in, out]."""
+
+    delta: Delta
+    edit: Edit
+    transposed: bool
+
+
+def bind(base: Checkpoint, names: Names, deltas: Sequence[Delta]) -> dict[str, list[Bound]]:
+    """Base name, or the added name of a head, -> edits in order.
+
+    Raises DeltaError: a base digest that differs, keys that match nothing or only in part, shapes that do not fit, layers left
+    out that the delta says it adapts, a replacement at a weight other than 1 or by two deltas.
+    """
+    bound: dict[str, list[Bound]] = {}
+    for delta in deltas:
+        _check_digest(base, delta)
+        edits = list(_bind(base, names, delta))
+        if delta.every_layer:
+            _check_depth(base, delta, [name for name, _ in edits])
+        for name, one in edits:
+            bound.setdefault(name, []).append(one)
+    _check_replacements(bound)
+    return bound
+
+
+def _check_digest(base: Checkpoint, delta: Delta) -> None:
+    if delta.base_digest and delta.base_digest != base.digest:
+        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], "compile it with the base it names")
+
+
+def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, Bound]]:
+    """(base name, edit) of every edit of one delta, the misfits refused first, all together."""
+    found = {target: _find(base, names, target) for target in delta.names}
+    may_add = {edit.target for edit in delta.edits if edit.may_add}
+    lost = [target for target, name in found.items() if name is None and target not in may_add]
+    if lost:
+        raise _unmatched(base, names, delta, lost, len(found))
+    input_first = base.config.get("model_type") in STORED_INPUT_FIRST
+    for edit in delta.edits:
+        name = found[edit.target]
+        if name is None:
+            yield edit.target, Bound(delta, edit, False)
+            continue
+        shape = _shape(base, names, name)
+        transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
+        if transposed is None:
+            raise wrong_delta(
+                f"{delta.origin}: {edit.target}",
+                f"a base tensor of shape {list(edit.shape)}",
+                f"{list(shape)} in {base.origin}: the adapter is for another base",
+                _trained_on(delta),
+            )
+        yield name, Bound(delta, edit, transposed)
+
+
+def _find(base: Checkpoint, names: Names, target: str) -> str | None:
+    """A tied base stores no head, yet a delta may change it."""
+    name = names.find(target)
+    if name is None and target in HEADS and names.embedding() and base.config.get("tie_word_embeddings", True):
+        return target
+    return name
+
+
+def _shape(base: Checkpoint, names: Names, name: str) -> tuple[int, ...]:
+    return base.tensors[name if name in base.tensors else str(names.embedding())].shape
+
+
+def _trained_on(delta: Delta) -> str:
+    return f"use the base it was trained on, {delta.base_name}" if delta.base_name else "use the base it was trained on"
+
+
+def _unmatched(base: Checkpoint, names: Names, delta: Delta, lost: Sequence[str], total: int) -> DeltaError:
+    near = names.nearest(lost[0])
+    hint = f"nearest to {lost[0]}: {', '.join(near)}; " if near else ""
+    some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    part = "nothing matches" if len(lost) == total else f"{len(lost)} of {total} keys match nothing"
+    return wrong_delta(delta.origin, f"parameters of {base.origin}", f"{part}: {some}", hint + _trained_on(delta))
+
+
+def _check_depth(base: Checkpoint, delta: Delta, touched: Sequence[str]) -> None:
+    """An adapter of 12 layers fits the first 12 of 24 by name and shape; only its own word that it adapts every layer tells."""
+    layers: dict[str, set[int]] = {}
+    for name in base.tensors:
+        if match := LAYER.search(name):
+            layers.setdefault(LAYER.sub(".*.", name, 1), set()).add(int(match[1]))
+    adapted: dict[str, set[int]] = {}
+    for name in touched:
+        if match := LAYER.search(name):
+            adapted.setdefault(LAYER.sub(".*.", name, 1), set()).add(int(match[1]))
+    for module, found in adapted.items():
+        if missing := layers.get(module, set()) - found:
+            raise wrong_delta(
+                f"{delta.origin}: {module}",
+                f"all {len(layers[module])} layers of {base.origin}, since target_modules names every layer",
+                f"{len(found)} adapted, {min(missing)} not: the adapter is for a base of another depth",
+                _trained_on(delta),
+            )
+
+
+def _check_replacements(bound: Mapping[str, Sequence[Bound]]) -> None:
+    for name, edits in bound.items():
+        replacing = [one for one in edits if one.edit.replaces]
+        for one in replacing:
+            if one.delta.weight != 1.0:
+                remedy = "give this delta weight 1.0, or leave the module out of modules_to_save"
+                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced whole", f"{one.delta.weight}", remedy)
+        if len(replacing) > 1:
+            origins = " and ".join(one.delta.origin for one in replacing)
+            raise wrong_delta(name, "one delta that replaces it", origins, "keep the module in one of these deltas")
