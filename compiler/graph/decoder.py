@@ -101,9 +101,13 @@ def export_decoder(
 
 def check_kernel_limits(spec: DecoderSpec, length: int) -> None:
     """Raises ArchitectureError for shapes that GroupQueryAttention refuses or lengths the model was not made for."""
-    if spec.head_size % 8:
+    step = 16 if spec.ropes else 8
+    if spec.head_size % step:
         raise ArchitectureError(
-            "config.json: head_dim", expected="a multiple of 8 (GroupQueryAttention's rule)", found=str(spec.head_size), remedy="no kernel serves this width"
+            "config.json: head_dim",
+            expected=f"a multiple of {step} (GroupQueryAttention's rule)",
+            found=str(spec.head_size),
+            remedy="no fused kernel serves this width",
         )
     if not 0 < length <= spec.max_positions:
         raise ArchitectureError(

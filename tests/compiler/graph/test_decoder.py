@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_the_twin_yields_all_positions(text: str, tmp_path: Path, make_checkpoin
     assert [node.name for node in ir.load(tmp_path / "all.onnx").graph] == [node.name for node in ir.load(tmp_path / "direct" / "model.onnx").graph]
 
 
+def test_prompt_in_chunks_equals_the_prompt_at_once(tmp_path: Path, make_checkpoint: Make) -> None:
+    export_decoder(make_checkpoint(), schemes("fp32"), tmp_path)
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    cache = {item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32) for item in session.get_inputs() if item.name.startswith("past")}
+    for start, stop in ((0, 3), (3, 6), (6, 7)):
+        logits, *present = session.run(None, {"input_ids": IDS[:, start:stop], "attention_mask": np.ones((1, stop), np.int64), **cache})
+        cache = dict(zip(cache, present, strict=True))
+        assert logits.shape == (1, 1, 50)
+    assert np.allclose(logits, logits_of(tmp_path / "model.onnx"), atol=1e-5)
+
+
 def test_same_bytes_each_time(tmp_path: Path, make_checkpoint: Make) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -179,6 +191,23 @@ def test_reads_by_row_block_only(tmp_path: Path, make_checkpoint: Make) -> None:
     assert seen[-1][1] <= seen[-1][2] == checkpoint.parameter_count
 
 
+@pytest.mark.parametrize("text", ["int4-g64-asym", "fp32"])
+def test_peak_memory_is_a_few_blocks(text: str, tmp_path: Path, make_checkpoint: Make) -> None:
+    """A table of 160 MB that exists only while it is read passes through within 80 MB (a block is 16)."""
+    config = {**make_checkpoint().config, "vocab_size": 500_000}
+    checkpoint = make_checkpoint()
+    table = replace(checkpoint.tensors["model.embed_tokens.weight"], shape=(500_000, 80), rows=lambda start, stop: np.ones((stop - start, 80), np.float32))
+    tall = replace(checkpoint, config=config, tensors={**checkpoint.tensors, table.name: table})
+    tracemalloc.start()
+    try:
+        export = export_decoder(tall, schemes(text), tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80e6
+    assert export.data_bytes == (tmp_path / "model.onnx.data").stat().st_size
+
+
 def drop(name: str) -> Callable[[dict[str, np.ndarray]], Any]:
     return lambda arrays: arrays.pop(name)
 
@@ -220,6 +249,13 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path, make_checkpoint: Mak
 def test_lengths_outside_the_model_are_refused(length: int, tmp_path: Path, make_checkpoint: Make) -> None:
     with pytest.raises(ArchitectureError, match="1 to 64 tokens"):
         export_decoder(make_checkpoint(), schemes("fp32"), tmp_path, max_length=length)
+
+
+@pytest.mark.parametrize("head_dim", [20, 24])
+def test_head_widths_without_a_kernel_are_refused(head_dim: int, tmp_path: Path, make_checkpoint: Make) -> None:
+    with pytest.raises(ArchitectureError, match="multiple of 16"):
+        export_decoder(make_checkpoint(head_dim=head_dim), schemes("fp32"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_genai_config_says_what_the_graph_is(tmp_path: Path, make_checkpoint: Make) -> None:
