@@ -73,7 +73,7 @@ def test_the_same_text_as_transformers() -> None:
     ],
 )
 def test_a_hostile_template_is_refused(template: str) -> None:
-    with pytest.raises(BundleError, match="chat template: .*(unsafe|SecurityError)"):
+    with pytest.raises(BundleError, match=r"chat template: .*(unsafe|SecurityError)"):
         render_chat(template, MESSAGES)
     assert OUTPUT_CAP_CHARS < 1000 * 100000
 

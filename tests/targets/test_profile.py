@@ -121,7 +121,7 @@ def test_mistakes_name_their_place(tmp_path: Path, change: dict[str, Any], drop:
         ("- 1\n", "expected a mapping of keys, found list"),
         ("", "expected a mapping of keys, found NoneType"),
         ("a: [", "expected plain YAML"),
-        ("[" * 3000, "expected plain YAML"),
+        ("[" * 1000, "expected plain YAML"),
         ("#" * (1 << 20) + "\nx", "expected at most 1048576 bytes"),
     ],
 )
@@ -140,6 +140,7 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_looking_at_this_machine_loads_no_heavy_library() -> None:
-    code = "import sys\nfrom targets.profile import here\nhere()\nprint([n for n in ('numpy', 'onnxruntime', 'torch', 'onnx', 'runtimes', 'compiler') if n in sys.modules])"
+    heavy = ("numpy", "onnxruntime", "torch", "onnx", "runtimes", "compiler")
+    code = f"import sys\nfrom targets.profile import here\nhere()\nprint([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
