@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,10 @@ class WeightWriter:
     progress: Progress | None = None
     done: int = 0
 
+    @cached_property
+    def total(self) -> int:
+        return self.checkpoint.parameter_count
+
     def view(self, name: str, shape: tuple[int, ...]) -> TensorView:
         """A tensor of the checkpoint. Raises CheckpointError when it is missing or has another shape."""
         if name not in self.checkpoint.tensors:
@@ -93,14 +98,13 @@ class WeightWriter:
         return Matrix(name, n, k, scheme, tensors, stored_bias)
 
     def _blocks(self, name: str, views: list[TensorView], scale: float) -> Iterator[np.ndarray]:
-        total = self.checkpoint.parameter_count
         for view in views:
             for _, block in view.blocks():
                 finite(self.checkpoint.origin, view.name, block)
                 yield block if scale == 1.0 else block * np.float32(scale)
                 self.done += block.size
                 if self.progress is not None:
-                    self.progress(name, min(self.done, total), total)
+                    self.progress(name, min(self.done, self.total), self.total)
 
     def _quantized(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
         if scheme.kernel != "nbits" or scheme.group_size is None:
