@@ -116,6 +116,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 5.5]},
         },
     ),
+    "gemma3 linear rope": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 7,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "gemma3": ("Gemma3", {"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}),
 }
 ARCHITECTURES = {"Gemma3": "gemma3"}
@@ -185,6 +197,9 @@ def extra_keys(writer: Any, config: Any, head_dim: int) -> None:
         writer.add_logit_scale(config.logits_scaling)
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -308,6 +323,18 @@ def test_broken_gguf_is_one_line(case: str, llama_file: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(str(llama_file))
     assert "\n" not in str(caught.value) and "m.gguf" in str(caught.value)
+
+
+def test_a_type_that_cannot_be_decoded_is_refused_by_name(llama_file: Path) -> None:
+    content = llama_file.read_bytes()
+    at = content.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16  # past the number of dimensions and two of them
+    assert content[at : at + 4] == struct.pack("<I", 0)
+    llama_file.write_bytes(content[:at] + struct.pack("<I", int(gguf.GGMLQuantizationType.I32)) + content[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"token_embd.weight: expected a type that can be decoded, found I32; use another quantization"):
+        open_checkpoint(str(llama_file))
+    llama_file.write_bytes(content[:at] + struct.pack("<I", 9999) + content[at + 4 :])
+    with pytest.raises(CheckpointError, match="tensor type 9999 is unknown"):
+        open_checkpoint(str(llama_file))
 
 
 def test_whole_file_opens_and_has_no_tokenizer(llama_file: Path) -> None:
