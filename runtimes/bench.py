@@ -1,6 +1,6 @@
 """Measure a bundle: load time, time to first token, time per output token, encode latency, peak memory.
 
-    python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 0]
+    python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 256]
                              [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--progress]
 
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
@@ -39,6 +39,7 @@ from typing import Any
 
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.collect import Budget, Call, Limit, Samples, collect
+from runtimes.decode import PREFILL_CHUNK
 from runtimes.session import SessionSettings
 from targets.errors import BundleError, TrimtabError
 from targets.machine import fingerprint
@@ -55,7 +56,7 @@ class BenchOptions:
 
     prompt_tokens: int = 128
     new_tokens: int = 32
-    prefill_chunk: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
     batch: int = 1
     length: int = 128
     threads: int = 0

@@ -7,7 +7,9 @@ Why it looks like this:
 * The cache is [batch, kv_heads, capacity, head]; capacity grows by doubling, because a growth copies everything and because reserving the whole context
   would count in the memory of a device that never fills it.
 * Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
-* A long prompt may run in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked.
+* A long prompt runs in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked, and its activations
+  are the peak of the memory. A 135 M-parameter int4 decoder on a prompt of 1024 tokens, Zen 3: 489 MB at once, 306 MB in chunks of 256, 276 MB in chunks of
+  128, in 6.7, 5.9 and 5.7 s of one core. Chunks of 256 keep the matrix kernels of wider machines busy as well.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from targets.errors import BundleError, TrimtabError
 Floats = NDArray[np.floating[Any]]
 ALIGNMENT_BYTES = 64
 FIRST_CAPACITY = 256
+PREFILL_CHUNK = 256
 _TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _REMEDY = "build the bundle again: decoders follow onnxruntime-genai's names"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.chat import render_chat
-from runtimes.decode import DecodeLoop, Floats, read_layout
+from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, read_layout
 from runtimes.sampling import Sampler, Sampling
 from runtimes.session import SessionSettings, open_session
 from runtimes.text import Detokenizer, StopStrings
@@ -34,7 +34,7 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    prefill_chunk: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -178,7 +178,7 @@ class Generator:
         """The logits [vocab] after token ids. Raises TrimtabError when there are none, or more than the context holds."""
         loop = self._take()
         try:
-            return loop.start([list(ids)])[0]
+            return loop.start([list(ids)], chunk=PREFILL_CHUNK)[0].copy()
         finally:
             self._idle.append(loop)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import open_bundle
-from runtimes.decode import FIRST_CAPACITY, DecodeLoop
+from runtimes.decode import FIRST_CAPACITY, PREFILL_CHUNK, DecodeLoop
 from runtimes.generate import Generator, Options, generate
 from runtimes.sampling import Sampling
 from runtimes.session import SessionSettings
@@ -61,6 +61,13 @@ def test_a_finished_row_waits_without_filling_the_context(decoder: SimpleNamespa
 def test_prefill_in_chunks_changes_nothing(generator: Generator, chunk: int) -> None:
     whole = generator.generate([PROMPTS[2]], Options(max_new_tokens=16))[0]
     assert generator.generate([PROMPTS[2]], Options(max_new_tokens=16, prefill_chunk=chunk))[0].token_ids == whole.token_ids
+
+
+def test_a_prompt_longer_than_a_chunk(generator: Generator, decoder: SimpleNamespace) -> None:
+    prompt = [5 + at * 7 % 200 for at in range(PREFILL_CHUNK + 1)]  # the last chunk is a single token
+    once = generator.generate([prompt], Options(max_new_tokens=4, ignore_eos=True, prefill_chunk=0))[0]
+    assert generator.generate([prompt], Options(max_new_tokens=4, ignore_eos=True))[0].token_ids == once.token_ids
+    np.testing.assert_allclose(generator.next_logits(prompt), generator.all_logits(np.array([prompt]))[0, -1], atol=1e-4)
 
 
 def test_the_cache_grows_and_keeps_what_it_holds(decoder: SimpleNamespace) -> None:
