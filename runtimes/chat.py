@@ -3,7 +3,8 @@
 A template comes from outside and is a program. Three rules:
 
 1. jinja2's ImmutableSandboxedEnvironment: no private attributes, no changes to what is passed in.
-2. A budget: range() elements, the size of products and powers, and the length of the output are bounded.
+2. A budget: steps of all loops together, the size of what +, ~, * and ** make, and the length of the output are bounded. (Memory that a filter
+   takes, as in 'x' | center(10**9), is not: where templates of strangers are rendered, do so in a process with a limit.)
 3. Whatever it raises reaches the user as one line that names the template.
 
 What a template may use is what transformers offers (transformers.utils.chat_template_utils): trim_blocks, lstrip_blocks, loop controls,
@@ -13,7 +14,7 @@ What a template may use is what transformers offers (transformers.utils.chat_tem
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -26,8 +27,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from targets.errors import BundleError
 
 OUTPUT_CAP_CHARS = 8 << 20
-RANGE_BUDGET = 1_000_000
-PRODUCT_CAP = 1 << 20
+LOOP_STEPS = 1_000_000
+SIZE_CAP = 4 << 20  # characters or elements of what +, ~ and * make
 
 
 class _Generation(Extension):
@@ -41,31 +42,60 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox of jinja2, which bounds one range() but neither nested ones nor `"x" * 10**9`."""
+    """jinja2's sandbox, which bounds one range() but neither loops within loops nor texts that double, with a budget for both."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "+"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self.range_left = RANGE_BUDGET
-        self.filters["tojson"] = _tojson
+        self.steps_left = LOOP_STEPS
+        self.filters.update(tojson=_tojson, _counted=self._counted, _joined=_joined)
         self.globals["raise_exception"] = _raise_exception
-        self.globals["range"] = self._range
 
-    def _range(self, *bounds: int) -> range:
-        steps = range(*bounds)
-        self.range_left -= len(steps)
-        if self.range_left < 0:
-            raise SecurityError(f"more than {RANGE_BUDGET} steps of range()")
-        return steps
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """The syntax tree, with every loop's values sent through `_counted` and every `a ~ b` through `_joined`."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None)
+        for join in list(tree.find_all(nodes.Concat)):
+            join.nodes = [nodes.Filter(nodes.List(join.nodes), "_joined", [], [], None, None)]
+        return tree
+
+    def _counted(self, values: Any) -> Any:
+        """The same values, paid for: a sized collection at once and as it is, an iterator as it runs."""
+        if hasattr(values, "__len__"):
+            self._pay(len(values))
+            return values
+        return self._paid(values)
+
+    def _paid(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._pay(1)
+            yield value
+
+    def _pay(self, steps: int) -> None:
+        self.steps_left -= steps
+        if self.steps_left < 0:
+            raise SecurityError(f"more than {LOOP_STEPS} steps of loops")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)) and abs(left) <= 1024 and abs(right) <= 64):
             raise SecurityError("a power that large is not allowed")
-        sizes = [len(side) if isinstance(side, (str, list, tuple)) else side for side in (left, right)]
-        if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)) and sizes[0] * sizes[1] > PRODUCT_CAP:
-            raise SecurityError(f"a repetition of more than {PRODUCT_CAP} elements is not allowed")
+        sized = [isinstance(side, (str, list, tuple)) for side in (left, right)]
+        if operator == "*" and any(sized):
+            size = (len(left) if sized[0] else left) * (len(right) if sized[1] else right)
+            if isinstance(size, (int, float)) and size > SIZE_CAP:
+                raise SecurityError(f"a repetition of more than {SIZE_CAP} elements is not allowed")
+        if operator == "+" and all(sized) and len(left) + len(right) > SIZE_CAP:
+            raise SecurityError(f"a sum of more than {SIZE_CAP} elements is not allowed")
         return super().call_binop(context, operator, left, right)
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    texts = [str(part) for part in parts]
+    if sum(map(len, texts)) > SIZE_CAP:
+        raise SecurityError(f"a text of more than {SIZE_CAP} characters is not allowed")
+    return "".join(texts)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:

@@ -43,6 +43,11 @@ def test_golden_prompt() -> None:
         ("{% if tools %}no{% endif %}{% if missing is defined %}no{% endif %}ok", "ok"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
         ("{% for m in messages[::-1] %}{{ m.role }};{% endfor %}", "assistant;user;"),
+        ("{% for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{% else %}none{% endfor %}", "1/1True"),
+        ("{% for key, value in {'a': 1}.items() %}{{ key ~ '=' ~ value ~ none }}{% endfor %}", "a=1None"),
+        ("{% for m in messages | map(attribute='role') %}{{ m }}{{ '' if loop.last else ',' }}{% endfor %}", "user,assistant"),
+        ("{% for m in nothing %}x{% else %}empty{% endfor %}{{ 2 * 3 + 2 ** 3 }}", "empty14"),
+        ("{% macro show(m) %}[{{ m.role }}]{% endmacro %}{{ show(messages[0]) }}", "[user]"),
     ],
 )
 def test_what_a_template_may_use(template: str, expected: str) -> None:
@@ -66,6 +71,10 @@ def test_the_same_text_as_transformers() -> None:
         "{{ messages.append(1) }}",
         "{{ messages.__init__.__globals__ }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in 'x' * 9999 %}{% for b in 'x' * 9999 %}{% endfor %}{% endfor %}",
+        "{% for a in range(9999) | map('string') %}{% for b in range(9999) | select %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(s='xy') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='xy') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{{ 'x' * 10**9 }}",
         "{{ [0] * 100000000 }}",
         "{{ 9 ** 9 ** 9 }}",
