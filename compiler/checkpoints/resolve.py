@@ -70,7 +70,8 @@ def locate(source: str, relative_to: Path | None = None) -> Path:
     path = (relative_to or Path()) / Path(source).expanduser()
     if path.exists():
         return path
-    if HUB_ID.fullmatch(source):
+    # a folder that exists up to the last part is a misspelt path: its name is nobody else's business
+    if HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return _download(source)
     raise CheckpointError(
         source, expected="a model folder, a .gguf file, package:MODULE/path or a hub id owner/name", found="no such path", remedy="check the spelling"

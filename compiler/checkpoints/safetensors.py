@@ -132,20 +132,26 @@ def file_tensors(path: Path) -> dict[str, TensorView]:
 
 
 def _view(path: Path, name: str, span: Span) -> TensorView:
-    item = STORED[span.dtype]
-    tail = span.shape[1:]
-    row_bytes = math.prod(tail) * item.itemsize
+    return TensorView(name, span.shape, span.dtype, StoredRows(path, span))
 
-    def bits(start: int, stop: int) -> np.ndarray:
-        return read_at(path, span.begin + start * row_bytes, (stop - start) * row_bytes)
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        return widen(bits(start, stop).view(item), span.dtype).reshape(stop - start, *tail)
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of one stored tensor: called, float32 [n, ...]; `raw`, the bytes of the same rows."""
 
-    def raw(start: int, stop: int) -> bytes:
-        return bits(start, stop).tobytes()
+    path: Path
+    span: Span
 
-    return TensorView(name, span.shape, span.dtype, rows, raw)
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        bits = self._bits(start, stop).view(STORED[self.span.dtype])
+        return widen(bits, self.span.dtype).reshape(stop - start, *self.span.shape[1:])
+
+    def raw(self, start: int, stop: int) -> bytes:
+        return self._bits(start, stop).tobytes()
+
+    def _bits(self, start: int, stop: int) -> np.ndarray:
+        row_bytes = math.prod(self.span.shape[1:]) * STORED[self.span.dtype].itemsize
+        return read_at(self.path, self.span.begin + start * row_bytes, (stop - start) * row_bytes)
 
 
 def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:

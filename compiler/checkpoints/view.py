@@ -28,7 +28,11 @@ class TensorView:
     shape: tuple[int, ...]
     dtype: str  # as stored: F32, F16, BF16, Q4_1, ...
     rows: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, *shape[1:]], an array of the caller's own
-    raw: Callable[[int, int], bytes] | None = None  # the same rows as stored, little endian, where nothing changed them
+
+    @property
+    def raw(self) -> Callable[[int, int], bytes] | None:
+        """The same rows as stored, little endian, None where they are computed. It belongs to `rows`, so a view with other rows cannot keep it."""
+        return getattr(self.rows, "raw", None)
 
     @property
     def row_count(self) -> int:

@@ -126,7 +126,7 @@ def _merged(view: TensorView, edits: Sequence[Bound], method: Combine) -> Tensor
     def rows(start: int, stop: int) -> np.ndarray:
         return _apply(view.rows(start, stop), start, edits, method)
 
-    return replace(view, rows=rows, raw=None)
+    return replace(view, rows=rows)
 
 
 def _added(name: str, edits: Sequence[Bound], method: Combine) -> TensorView:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,14 @@ def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_misspelt_local_path_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the network was asked"))
+    folder(tmp_path / "models" / "support", GOOD)
+    with pytest.raises(CheckpointError, match=r"models/suport: .*found no such path; check the spelling"):
+        open_checkpoint("models/suport", relative_to=tmp_path)
+
+
 def test_require_tokenizer(tmp_path: Path) -> None:
     made = folder(tmp_path / "m", GOOD)
     with pytest.raises(CheckpointError, match=r"expected tokenizer.json, found no tokenizer file; put tokenizer.json beside the weights"):
@@ -285,6 +294,14 @@ def test_untouched_tensors_survive_bit_for_bit(dtype: str, bits: str, tmp_path: 
     write_checkpoint(open_checkpoint(str(made)), tmp_path / "out")
     view = open_checkpoint(str(tmp_path / "out")).tensors["x"]
     assert view.dtype == dtype and view.raw is not None and view.raw(0, 3) == stored
+
+
+def test_a_view_with_other_rows_is_not_copied_as_stored(tmp_path: Path) -> None:
+    made = open_checkpoint(str(folder(tmp_path / "m", {"x": spec(f32(3, 2))})))
+    view = made.tensors["x"]
+    doubled = replace(view, rows=lambda start, stop: 2 * view.rows(start, stop))
+    write_checkpoint(checkpoint({"x": doubled}), tmp_path / "out")
+    np.testing.assert_array_equal(open_checkpoint(str(tmp_path / "out")).tensors["x"].read(), 2 * f32(3, 2))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
