@@ -203,7 +203,7 @@ class DecoderBuild:
 
     def simple_norm(self, node: str, x: ir.Value, gamma: ir.Value) -> ir.Value:
         """RMS norm over the last axis."""
-        return self.graph.op(node, "SimplifiedLayerNormalization", [x, gamma], axis=-1, epsilon=self.spec.norm_eps, stash_type=1)
+        return self.graph.op(node, "RMSNormalization", [x, gamma], axis=-1, epsilon=self.spec.norm_eps, stash_type=1)
 
     def layer(self, index: int, stream: Stream, positions: Positions) -> None:
         """One layer; leaves its MLP branch waiting in the stream."""

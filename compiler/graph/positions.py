@@ -47,12 +47,13 @@ class Positions:
         return graph.op(node, "RotaryEmbedding", [x, ids, cos, sin], MICROSOFT, num_heads=shape[0], rotary_embedding_dim=shape[1])
 
     def last_token(self, graph: GraphBuilder) -> ir.Value:
-        """GatherND indices int64 [batch, 1, 1]: clip(valid - 1 - past, 0, sequence - 1)."""
+        """GatherND indices int64 [batch, 1, 1]: max(valid - 1 - past, 0), which is at most sequence - 1.
+
+        It is negative for a short row of a ragged batch that decodes: then the only token given is the last.
+        """
         last, total, sequence = self.last_index
         here = graph.op("/last_token/here", "Sub", [last, graph.op("/last_token/past", "Sub", [total, sequence])])
-        least = graph.op("/last_token/least", "Max", [here, graph.integers(0)])
-        most = graph.op("/last_token/most", "Sub", [sequence, graph.integers(1)])
-        index = graph.op("/last_token/index", "Min", [least, most])
+        index = graph.op("/last_token/index", "Max", [here, graph.integers(0)])
         return graph.op("/last_token/indices", "Unsqueeze", [index, graph.integers(1, 2)])
 
 

@@ -155,6 +155,13 @@ def test_same_bytes_each_time(tmp_path: Path, make_checkpoint: Make) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a" / "model.onnx").read_bytes()
 
 
+def test_standard_checker_accepts_it(tmp_path: Path, make_checkpoint: Make) -> None:
+    import onnx
+
+    export_decoder(make_checkpoint(), schemes("int4-g32-asym"), tmp_path)
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+
+
 def test_ten_nodes_a_layer_and_no_shape_arithmetic_inside(tmp_path: Path, make_checkpoint: Make) -> None:
     export_decoder(make_checkpoint(), schemes("int4-g32"), tmp_path)
     layer = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph if (node.name or "").startswith("/layers.1/")]
