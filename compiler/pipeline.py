@@ -89,6 +89,12 @@ def _recipe_sources(recipe: Recipe) -> Sources:
     return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine, recipe.folder)
 
 
+def _profile(recipe: Recipe, item: TargetItem) -> Profile:
+    """A profile by name, or from a file beside the recipe."""
+    file = recipe.folder / item.profile
+    return load_profile(str(file) if file.is_file() else item.profile)
+
+
 def _recipe_data(recipe: Recipe) -> EvaluationSet:
     path = recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
     return load_rows(path, recipe.evaluate.limit_rows)
@@ -103,8 +109,9 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, and the predicted size in MB."""
     sources, data = _recipe_sources(recipe), _recipe_data(recipe)
-    size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes) / 1e6
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
+    options = plans[0].step("export").params
+    size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
     return [{"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "steps": plan.rows(store)} for plan in plans]
 
 
@@ -114,7 +121,7 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     if unknown:
         known = ", ".join(item.profile for item in recipe.targets)
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
-    targets = [(item, load_profile(item.profile)) for item in recipe.targets if not only or item.profile in only]
+    targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", f"{recipe.base} + {len(recipe.deltas)} delta(s)"):
         sources, data = _recipe_sources(recipe), _recipe_data(recipe)
     return [Run(recipe, sources, data, store, progress).target(item, profile, out) for item, profile in targets]
@@ -138,15 +145,15 @@ class Run:
         evaluation, evaluate_record = self._evaluate(plan, exported)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
         records = [merged, export_record, evaluate_record]
-        place = out / f"{self.recipe.name}-{item.profile if '/' not in item.profile else Path(item.profile).stem}"
+        place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
-            facts = self._facts(profile, summary["model"], records)
+            facts = self._facts(profile, item.limits, summary["model"], records)
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"latency and memory on this machine, at most {MEASURE_SECONDS:.0f} s"):
                 watch = Stopwatch()
-                measured, series = measure(work, item.limits, evaluation["metrics"], profile, self.progress)
+                measured, series = measure(work, item.limits, evaluation["metrics"], profile, self.progress, self.recipe.evaluate.metrics)
             records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
@@ -172,7 +179,7 @@ class Run:
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 base = self.sources.merge.base if self.recipe.deltas else None
-                result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update)
+                result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update, self.recipe.seed)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
         place = cached or self.store.place(step.key)
@@ -180,14 +187,13 @@ class Run:
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
         return result, Record("evaluate", step.key, [self.data.digest], [], values, cached is not None, watch.seconds, peak_rss_mb())
 
-    def _facts(self, profile: Profile, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""
         recipe = self.recipe.model_dump(mode="json")
         steps = [{key: value for key, value in record.as_dict().items() if key not in ("seconds", "peak_rss_mb", "cached")} for record in records]
         lineage = {**self.sources.lineage, "recipe": recipe, "tools": versions()}
         target = {"id": profile.id, "fingerprint": profile.fingerprint}
-        limits = {item.profile: dict(item.limits) for item in self.recipe.targets}
-        return {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": limits, "records": steps}
+        return {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(limits), "records": steps}
 
     def _selftest(self, work: Path) -> None:
         from runtimes.bundle import open_bundle
@@ -198,8 +204,13 @@ class Run:
             (work / FILE).write_text(json.dumps(canaries, indent=1, ensure_ascii=False) + "\n")
 
 
-def measure(bundle: Path, limits: Mapping[str, float], accuracy: Mapping[str, Any], profile: Profile, progress: Progress) -> tuple[Measured, dict[str, Any]]:
-    """Latency, memory and load time of a bundle folder in fresh processes, and the raw series for the report."""
+def measure(
+    bundle: Path, limits: Mapping[str, float], accuracy: Mapping[str, Any], profile: Profile, progress: Progress, metrics: Sequence[str] = ()
+) -> tuple[Measured, dict[str, Any]]:
+    """Latency, memory and load time of a bundle folder in fresh processes, and the raw series for the report.
+
+    metrics  accuracy metrics to report besides those that are limited; empty for all
+    """
     from runtimes.bench import BenchOptions, measure_in_child
 
     timed = {name: value for name, value in limits.items() if PERCENTILE.fullmatch(name) and value > 0}
@@ -210,9 +221,10 @@ def measure(bundle: Path, limits: Mapping[str, float], accuracy: Mapping[str, An
     here = profile.fingerprint == fingerprint()
     conditions = ", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed")
     series = {name.removesuffix("_ms"): values for name, values in result.series.items() if name.endswith("_ms")}
+    shown = {name: metric for name, metric in accuracy.items() if not metrics or name in (*metrics, *limits)}
     measured = Measured(
         size_mb=package.device_bytes(bundle) / 1e6,
-        accuracy=accuracy,
+        accuracy=shown,
         series=series,
         scalars={"peak_rss_mb": [one.peak_rss_mb for one in (result, *again)], "load_s": [one.load_s for one in (result, *again)]},
         medians={name: values for name, values in result.series.items() if name.endswith("_tok_s")},
@@ -301,7 +313,7 @@ def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], rep
     manifest = open_bundle(bundle).manifest
     profile = load_profile(target or manifest["target"]["id"])
     built = load_document(bundle / "report.json")
-    asked = {**manifest["limits"].get(manifest["target"]["id"], {}), **extra}
+    asked = {**manifest["limits"], **extra}
     accuracy = {row["name"]: {**row, "value": row["measured"]} for row in built["verdict"]["checks"] if row["name"] in _evaluated(manifest)}
     if not target and manifest["target"]["fingerprint"]:
         profile = replace(profile, fingerprint=manifest["target"]["fingerprint"])

@@ -56,6 +56,13 @@ class Evaluate(Part):
     metrics: Sequence[str] = ()
     limit_rows: int | None = Field(default=None, ge=1)
 
+    @field_validator("metrics")
+    @classmethod
+    def known(cls, metrics: Sequence[str]) -> Sequence[str]:
+        for name in metrics:
+            quantity(name, "evaluate.metrics")
+        return metrics
+
 
 class TargetItem(Part):
     """A machine and what the bundle must not exceed on it."""

@@ -18,6 +18,7 @@ from compiler.evaluation.data import Row
 
 WINDOW = 512  # tokens of a scored text window; its second half is scored, the first is context
 MAX_WINDOWS = 12
+LEAST_SEQUENCES = 5
 GENERATE_BATCH = 16
 
 Report = Callable[[str, int, int], None]
@@ -97,7 +98,12 @@ def _kl(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def cluster_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean over tokens, drawing whole sequences: tokens of one sequence are not independent."""
+    """95 % percentile bootstrap of a mean over tokens, drawing whole sequences: tokens of one sequence are not independent.
+
+    Fewer than LEAST_SEQUENCES say nothing about others: the interval is then everything, and no limit can pass on it.
+    """
+    if len(np.unique(groups)) < LEAST_SEQUENCES:
+        return float("-inf"), float("inf")
     sums, counts = np.bincount(groups, values), np.bincount(groups)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
     low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
@@ -159,14 +165,32 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     return next((ids[:at] for at, token in enumerate(ids) if token in ends), ids)
 
 
-def share(hits: Sequence[bool]) -> dict[str, Any]:
-    """A share with its exact (Clopper-Pearson) 95 % interval."""
+def exact_bounds(hits: int, samples: int, tail: float) -> tuple[float, float]:
+    """Clopper-Pearson bounds of a share, `tail` on each side. No hit in 5 rows is still compatible with many: (0, 0.52) at 0.025."""
     from scipy.stats import beta
 
-    n, k = len(hits), int(sum(hits))
-    low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
-    high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
-    return {"value": k / n, "low": low, "high": high, "samples": n}
+    low = float(beta.ppf(tail, hits, samples - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(1 - tail, hits + 1, samples - hits)) if hits < samples else 1.0
+    return low, high
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    """A share with its exact 95 % interval."""
+    low, high = exact_bounds(int(sum(hits)), len(hits), 0.025)
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "samples": len(hits)}
+
+
+def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    """Share lost less share won, over the same rows, with a 95 % interval.
+
+    Rows lost and rows won are each bounded exactly at half the risk (Bonferroni), so agreement on few rows proves little: a
+    bootstrap would give an interval of width 0 there.
+    """
+    n = len(before)
+    lost = sum(was and not is_ for was, is_ in zip(before, after, strict=True))
+    won = sum(is_ and not was for was, is_ in zip(before, after, strict=True))
+    (lost_low, lost_high), (won_low, won_high) = exact_bounds(lost, n, 0.0125), exact_bounds(won, n, 0.0125)
+    return {"value": (lost - won) / n, "low": lost_low - won_high, "high": lost_high - won_low, "samples": n}
 
 
 def open_all_logits(directory: Path) -> Any:

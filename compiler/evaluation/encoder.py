@@ -9,7 +9,7 @@ import numpy as np
 
 from compiler.errors import RecipeError
 from compiler.evaluation.data import Row
-from compiler.evaluation.decoder import share
+from compiler.evaluation.decoder import paired_drop, share
 
 BATCH = 16
 MAX_SENTENCES = 256
@@ -83,19 +83,15 @@ def output_metrics(reference: np.ndarray, bundle: np.ndarray) -> dict[str, Any]:
 
 
 def label_metrics(reference: np.ndarray, bundle: np.ndarray, wanted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of both models on labelled rows, and the drop: a paired difference with a bootstrap interval over rows."""
-    from runtimes.metrics import bootstrap_interval
-
+    """Accuracy of both models on labelled rows, and the drop from one to the other."""
     unknown = sorted({label for label in wanted if label not in labels})
     if unknown:
         raise RecipeError("evaluate.data: label", expected=f"one of {', '.join(labels)}", found=unknown[0], remedy="use the model's own labels")
     truth = np.array([labels.index(label) for label in wanted])
     right, kept = reference.argmax(-1) == truth, bundle.argmax(-1) == truth
-    drop = right.astype(np.float64) - kept
-    low, high = bootstrap_interval(drop, seed=0)
     return {
         "accuracy": share(kept.tolist()),
         "accuracy_reference": share(right.tolist()),
-        "accuracy_drop": {"value": float(drop.mean()), "low": low, "high": high, "samples": len(drop)},
+        "accuracy_drop": paired_drop(right.tolist(), kept.tolist()),
         "label_agreement": share((reference.argmax(-1) == bundle.argmax(-1)).tolist()),
     }

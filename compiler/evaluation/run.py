@@ -19,7 +19,7 @@ SHOWN_SAMPLES = 6
 BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a task table, as the report knows them
 
 
-def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report) -> dict[str, Any]:
+def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
     """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "data": {...}}.
 
     merged     the reference: the merged fp32 weights
@@ -27,7 +27,7 @@ def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     directory  the exported files, with export.json
     """
     model = json.loads((directory / "export.json").read_text())["model"]
-    part = _decoder(merged, base, directory, data, report) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
+    part = _decoder(merged, base, directory, data, report, seed) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
     return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
 
 
@@ -36,7 +36,7 @@ def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
     return Bundle(directory, {"model": model}, model["kind"], ())
 
 
-def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report) -> dict[str, Any]:
+def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
     from compiler.reference import reference_model
 
     chat = ChatFormat(merged)
@@ -44,7 +44,7 @@ def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     loop = decoder.open_all_logits(directory)
     reference = reference_model(merged, "text-generation")
     scores = decoder.score(sequences, decoder.merged_logits(reference), lambda ids: np.asarray(loop.all_logits(ids)), report)
-    metrics = decoder.token_metrics(scores)
+    metrics = decoder.token_metrics(scores, seed)
     rows = [row for row in data.rows if row.messages]
     task: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
@@ -57,17 +57,9 @@ def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
         hits = {system: [got.strip() == row.answer.strip() for got, row in zip(texts, rows, strict=True)] for system, texts in answers.items()}
         task = [{"system": system, "metric": "exact_match", **decoder.share(hit)} for system, hit in sorted(hits.items())]
         metrics["exact_match"] = decoder.share(hits[BUNDLE])
-        metrics["exact_match_drop"] = _paired_drop(hits[MERGED], hits[BUNDLE])
+        metrics["exact_match_drop"] = decoder.paired_drop(hits[MERGED], hits[BUNDLE])
         samples = _samples(rows, answers)
     return {"metrics": metrics, "task": task, "samples": samples}
-
-
-def _paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
-    from runtimes.metrics import bootstrap_interval
-
-    drop = np.array(before, np.float64) - np.array(after, np.float64)
-    low, high = bootstrap_interval(drop, seed=0)
-    return {"value": float(drop.mean()), "low": low, "high": high, "samples": len(drop)}
 
 
 def _samples(rows: Sequence[Row], answers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.errors import ArchitectureError
+from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import Scheme, Schemes, parse_scheme
+from compiler.stages.quantize import matrix_name
 from compiler.store import writing
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 SUMMARY = "export.json"
 DECODER, ENCODER = "decoder", "encoder"
 
@@ -38,7 +40,7 @@ def road(config: Mapping[str, Any], task: str | None = None) -> str:
             f"model_type {config.get('model_type')!r}",
             expected=f"a decoder family that is built here ({known})",
             found="a family without a row",
-            remedy="export it as an encoder task (--task feature-extraction), or add a row to compiler/graph/architectures.py",
+            remedy="use a model of a known family, or add a row to compiler/graph/architectures.py; encoders take the other road (--task feature-extraction)",
         )
     return ENCODER
 
@@ -47,12 +49,24 @@ def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, 
     """The concrete, printable parameters of an export: what its cache key is made of."""
     layers = {pattern: str(scheme) for pattern, scheme in schemes.overrides.items()}
     way = road(checkpoint.config, task)
+    _check_patterns(checkpoint, schemes, way)
     if way == DECODER:
         _refuse_dynamic([schemes.default, *schemes.overrides.values()])
         return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
     from compiler.graph.encoder import infer_task
 
     return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": task or infer_task(checkpoint), "max_length": max_length}
+
+
+def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
+    """An override that changes nothing is a mistake that would otherwise look like a choice."""
+    if schemes.overrides and way == ENCODER:
+        raise RecipeError("quantize.layers", expected="one scheme for an encoder", found="overrides", remedy="remove them: encoders have one scheme so far")
+    names = {name for tensor in checkpoint.tensors if (name := matrix_name(tensor, checkpoint.config))}
+    for pattern in schemes.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(sorted(names)[:4])
+            raise RecipeError(f"quantize.layers.{pattern}", expected=f"a pattern that matches a matrix ({some}, ...)", found="no match", remedy="correct it")
 
 
 def _refuse_dynamic(schemes: list[Scheme]) -> None:
@@ -71,11 +85,13 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     Raises ArchitectureError, CheckpointError or OutputError.
     """
     from compiler.checkpoints.resolve import require_tokenizer
+    from compiler.graph.lint import require_clean
 
     require_tokenizer(checkpoint)
     schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
     with writing(directory):
         summary = (_decoder if options["road"] == DECODER else _encoder)(checkpoint, schemes, options, directory, report)
+        require_clean(directory / "model.onnx")
         for name in CARRIED:
             if name in checkpoint.assets:
                 (directory / name).write_bytes(checkpoint.assets[name])

@@ -67,14 +67,17 @@ def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, digest_of=lambda: cache_key({"base": checkpoint.digest, "quantize": identity}))
 
 
-def predicted_bytes(checkpoint: Checkpoint, schemes: Schemes) -> int:
-    """Bytes of the weights in a bundle, from shapes alone: codes, float32 scales, packed zero points, float32 for the rest."""
+def predicted_bytes(checkpoint: Checkpoint, schemes: Schemes, *, every_matrix: bool = False) -> int:
+    """Bytes of the weights in a bundle, from shapes alone: codes, float32 scales, packed zero points, float32 for the rest.
+
+    every_matrix  the encoder road: any 2-D tensor takes the default scheme
+    """
     total = 0
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for view in checkpoint.tensors.values():
         if tied and view.name == "lm_head.weight":
             continue
-        scheme = scheme_of(view, schemes, checkpoint.config)
+        scheme = schemes.default if every_matrix and len(view.shape) == 2 else scheme_of(view, schemes, checkpoint.config)
         total += 4 * view.size if scheme is None else stored_bytes(view.shape, scheme)
     return total
 
