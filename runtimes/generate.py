@@ -174,11 +174,11 @@ class Generator:
         finally:
             self._idle.append(loop)
 
-    def next_logits(self, ids: Sequence[int]) -> Floats:
-        """The logits [vocab] after token ids. Raises TrimtabError when there are none, or more than the context holds."""
+    def next_logits(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Floats:
+        """The logits [vocab] after token ids, read `chunk` at a time. Raises TrimtabError when there are none, or more than the context holds."""
         loop = self._take()
         try:
-            return loop.start([list(ids)], chunk=PREFILL_CHUNK)[0].copy()
+            return loop.start([list(ids)], chunk=chunk)[0].copy()
         finally:
             self._idle.append(loop)
 
