@@ -36,7 +36,7 @@ check: setup
 	$(BIN)/python docs/generate.py --check
 
 bench: setup
-	$(BIN)/python benchmarks/build_cost.py
+	$(BIN)/python benchmarks/builders.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

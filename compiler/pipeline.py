@@ -1,8 +1,8 @@
 """The one loop: sources -> plan -> steps -> verdict -> bundle. Every command that does work comes through here.
 
-    open_sources   base and deltas, opened lazily and bound to each other
-    make_plan      what will run, from which parts (compiler.plan)
-    run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
+open_sources   base and deltas, opened lazily and bound to each other
+make_plan      what will run, from which parts (compiler.plan)
+run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
 """
 
 from __future__ import annotations

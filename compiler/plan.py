@@ -48,9 +48,7 @@ class Plan:
 
     def rows(self, store: Store) -> list[dict[str, Any]]:
         """For printing: stage, its parameters, and whether the store already holds the result."""
-        return [
-            {"stage": s.stage, "params": dict(s.params), "key": s.key, "state": "view" if s.stage == "merge" else _state(s, store)} for s in self.steps
-        ]
+        return [{"stage": s.stage, "params": dict(s.params), "key": s.key, "state": "view" if s.stage == "merge" else _state(s, store)} for s in self.steps]
 
 
 def _state(step: Step, store: Store) -> str:

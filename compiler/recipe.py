@@ -128,7 +128,7 @@ def parse_limits(settings: Sequence[str]) -> dict[str, float]:
     """`["tpot_p95_ms=12"]` -> {"tpot_p95_ms": 12.0}. Raises RecipeError for unknown names and numbers that are not finite."""
     limits: dict[str, Any] = {}
     for setting in settings:
-        key, separator, text = setting.partition("=")
+        key, _separator, text = setting.partition("=")
         try:
             limits[key] = float(text)
         except ValueError as error:

@@ -88,7 +88,9 @@ def model_class_of(auto_class: Any) -> Any:
     try:
         return TasksManager.get_model_class_for_task(TasksManager.map_from_synonym(auto_class), library="transformers")
     except KeyError as error:
-        raise ArchitectureError("task", expected="a task of optimum's TasksManager", found=repr(auto_class), remedy="name feature-extraction or text-classification, for instance") from error
+        raise ArchitectureError(
+            "task", expected="a task of optimum's TasksManager", found=repr(auto_class), remedy="name feature-extraction or text-classification, for instance"
+        ) from error
 
 
 @contextmanager
@@ -122,7 +124,9 @@ def match_tensors(model: Any, checkpoint: Checkpoint) -> dict[str, TensorView]:
     for name, view in checkpoint.tensors.items():
         key = canonical(name, prefix)
         if key in found:
-            raise CheckpointError(f"{checkpoint.origin}: {name}", expected="one tensor for each parameter", found="two that match", remedy="remove the duplicate")
+            raise CheckpointError(
+                f"{checkpoint.origin}: {name}", expected="one tensor for each parameter", found="two that match", remedy="remove the duplicate"
+            )
         found[key] = view
     wanted = {canonical(name, prefix): name for name in shapes}
     tied = tied_names(model)
@@ -132,12 +136,19 @@ def match_tensors(model: Any, checkpoint: Checkpoint) -> dict[str, TensorView]:
     extra = [view.name for key, view in found.items() if key not in wanted and not ignorable(view.name, prefix, model, found)]
     if extra:
         expected = f"only tensors of {type(model).__name__}"
-        raise CheckpointError(checkpoint.origin, expected=expected, found=f"unused {shown(extra)}", remedy="check the architecture and the task; a delta may belong to another base")
+        raise CheckpointError(
+            checkpoint.origin,
+            expected=expected,
+            found=f"unused {shown(extra)}",
+            remedy="check the architecture and the task; a delta may belong to another base",
+        )
     matched = {name: found[key] for key, name in wanted.items() if key in found and not name.endswith(COMPUTED)}
     for name, view in matched.items():
         if view.shape != shapes[name]:
             place = f"{checkpoint.origin}: {view.name}"
-            raise CheckpointError(place, expected=f"shape {list(shapes[name])} by config.json", found=str(list(view.shape)), remedy="config and weights are of different models")
+            raise CheckpointError(
+                place, expected=f"shape {list(shapes[name])} by config.json", found=str(list(view.shape)), remedy="config and weights are of different models"
+            )
     return matched
 
 

@@ -63,7 +63,7 @@ def load_rows(path: Path | None, limit: int | None = None) -> EvaluationSet:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"evaluate.data: {path}", expected="UTF-8 text", found=f"byte {data[error.start]:#x} at {error.start}", remedy="convert it") from error
+        raise RecipeError(f"evaluate.data: {path}", expected="UTF-8 text", found=f"a bad byte at {error.start}", remedy="convert it") from error
     if path is None or path.suffix not in (".jsonl", ".json"):
         return EvaluationSet((Row(text=text),), digest, origin)
     rows = [_row(line, f"{path.name}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -22,6 +22,7 @@ LEAST_SEQUENCES = 5
 GENERATE_BATCH = 16
 
 Report = Callable[[str, int, int], None]
+Model = Callable[[np.ndarray], np.ndarray]  # ids [1, n] -> logits [1, n, vocab]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class TokenScores:
     groups: np.ndarray
 
 
-def score(sequences: Sequence[Scored], reference: Callable[[np.ndarray], np.ndarray], bundle: Callable[[np.ndarray], np.ndarray], report: Report) -> TokenScores:
-    """Compare two models over sequences. Each callable maps ids [1, n] to logits [1, n, vocab]."""
+def score(
+    sequences: Sequence[Scored], reference: Callable[[np.ndarray], np.ndarray], bundle: Callable[[np.ndarray], np.ndarray], report: Report
+) -> TokenScores:
+    """Compare two models over sequences, one sequence at a time."""
     columns: list[list[np.ndarray]] = [[], [], [], [], []]
     for number, sequence in enumerate(sequences):
         ids = sequence.ids[None]
@@ -210,7 +213,7 @@ def open_all_logits(directory: Path) -> Any:
     return DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
 
 
-def merged_logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+def merged_logits(model: Any) -> Model:
     """Eager transformers as a function ids [1, n] -> logits [1, n, vocab]."""
     import torch
 
@@ -219,4 +222,3 @@ def merged_logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
             return np.asarray(model(input_ids=torch.from_numpy(ids)).logits.float().numpy())
 
     return forward
-

@@ -87,7 +87,7 @@ class ChatFormat:
         generation = json.loads(checkpoint.assets.get("generation_config.json", b"{}"))
         eos = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
         self.eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        self.eos_text = self.tokenizer.id_to_token(self.eos_ids[0]) if self.eos_ids else ""
+        self.eos_text = str(self.tokenizer.id_to_token(self.eos_ids[0])) if self.eos_ids else ""
 
     @property
     def render(self) -> Callable[..., str] | None:

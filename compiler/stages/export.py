@@ -19,7 +19,8 @@ from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.stages.quantize import matrix_name
 from compiler.store import writing
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 SUMMARY = "export.json"
 DECODER, ENCODER = "decoder", "encoder"
 
@@ -92,7 +93,7 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     with writing(directory):
         summary = (_decoder if options["road"] == DECODER else _encoder)(checkpoint, schemes, options, directory, report)
         require_clean(directory / "model.onnx")
-        for name in CARRIED:
+        for name in (*CARRIED, *LICENCES):
             if name in checkpoint.assets:
                 (directory / name).write_bytes(checkpoint.assets[name])
         (directory / "config.json").write_text(json.dumps(_safe_config(checkpoint.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -60,9 +60,7 @@ def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
 
         return replace(view, dtype="F32", rows=rows)
 
-    tensors = {
-        name: through(view, scheme) if (scheme := scheme_of(view, schemes, checkpoint.config)) else view for name, view in checkpoint.tensors.items()
-    }
+    tensors = {name: through(view, scheme) if (scheme := scheme_of(view, schemes, checkpoint.config)) else view for name, view in checkpoint.tensors.items()}
     identity = {"default": str(schemes.default), "layers": {pattern: str(scheme) for pattern, scheme in schemes.overrides.items()}}
     return replace(checkpoint, tensors=tensors, digest_of=lambda: cache_key({"base": checkpoint.digest, "quantize": identity}))
 

@@ -44,9 +44,17 @@ def test_pass_publishes_a_whole_bundle_and_the_second_build_is_cached(trimtab, r
     assert code == 0, stderr
     assert "PASS" in stdout and folders(out) == ["tiny-here"]
     bundle = out / "tiny-here"
-    assert {"manifest.json", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "selftest.json", "report.html", "report.json", "README.md"} <= {
-        path.name for path in bundle.iterdir()
-    }
+    assert {
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "tokenizer.json",
+        "selftest.json",
+        "report.html",
+        "report.json",
+        "README.md",
+    } <= {path.name for path in bundle.iterdir()}
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert [record["stage"] for record in manifest["records"]] == ["merge", "export", "evaluate"]
     assert manifest["lineage"]["deltas"][0]["touched"] == 6
@@ -102,7 +110,7 @@ def test_fp32_bundle_has_no_divergence_worth_naming(trimtab, recipe, tmp_path):
 
 
 def test_merge_quantize_and_export_write_what_they_say(trimtab, tiny_llama, tiny_lora, tmp_path):
-    code, stdout, stderr = trimtab("merge", tiny_llama, "--delta", f"{tiny_lora}=0.5", "--out", tmp_path / "merged")
+    code, _stdout, stderr = trimtab("merge", tiny_llama, "--delta", f"{tiny_lora}=0.5", "--out", tmp_path / "merged")
     assert code == 0, stderr
     from transformers import AutoModelForCausalLM
 

@@ -63,7 +63,14 @@ def test_fp32_gives_the_greedy_tokens_of_transformers(exported):
     model = reference_model(open_checkpoint(BASE), "text-generation")
     for text, ids, mine in zip(PROMPTS, prompts, ours, strict=True):
         with torch.inference_mode():
-            out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=[])
+            out = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids)),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=[],
+            )
         theirs = out[0, len(ids) :].tolist()
         assert mine == theirs, f"{text!r} parts at token {next(i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])}"
 

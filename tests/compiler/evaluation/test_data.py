@@ -34,7 +34,9 @@ def test_limit_is_part_of_the_digest(write):
     assert load_rows(path, 1).digest != load_rows(path).digest
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"messages": []}', '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', '{"label": 1}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"messages": []}', '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', '{"label": 1}']
+)
 def test_bad_rows_name_their_line(write, line):
     with pytest.raises(RecipeError, match=r"rows.jsonl:2: expected"):
         load_rows(write(CHAT, line))
