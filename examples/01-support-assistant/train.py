@@ -212,7 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--first-layer", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only-base", action="store_true", help="measure the untouched model, write base.json, train nothing")
     parser.add_argument("--instructed-rows", type=int, default=24, help="eval rows for the long instruction prompt of --only-base")
     parser.add_argument("--out", type=Path, default=HERE)
