@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from runtimes.bench import peak_rss_bytes
 
 TOOLS = ("trimtab", "numpy", "onnxruntime", "onnx-ir", "torch", "transformers", "gguf", "safetensors", "tokenizers", "peft")
 
@@ -25,7 +26,7 @@ def versions(names: Sequence[str] = TOOLS) -> dict[str, str]:
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, MB (1e6 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return peak_rss_bytes() / 1e6
 
 
 @dataclass(frozen=True)
