@@ -66,6 +66,7 @@ def export_encoder(
     pooling: str | None = None,
     normalize: bool | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    integer_matmul: bool = False,
 ) -> EncoderExport:
     """Writes `directory`/model.onnx and model.onnx.data.
 
@@ -73,6 +74,7 @@ def export_encoder(
     pooling    mean, cls, max, lasttoken or "none"; None: what sentence-transformers' files say
     normalize  unit length of the pooled vector; None: what the files say
     progress   called with (item, done, total) while weights are written
+    integer_matmul  with `int8`: multiply in 8 bits (faster, less exact: see `encoder_quantize`)
     Raises ArchitectureError, CheckpointError, OutputError.
     """
     chosen = task or infer_task(checkpoint)
@@ -91,7 +93,7 @@ def export_encoder(
         add_pooling(graph, mode, unit)
     directory.mkdir(parents=True, exist_ok=True)
     with DataFile(directory / "model.onnx.data") as data:
-        matrices = Weights(graph, tensors, scheme, data, progress).lower()
+        matrices = Weights(graph, tensors, scheme, data, progress, integer_matmul).lower()
     finish(graph)
     save(graph, directory / "model.onnx")
     files = {name: (directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
@@ -104,7 +106,9 @@ def pooling_of(checkpoint: Checkpoint, task: str, pooling: str | None, normalize
     """(pooling, normalize) to build. Raises ArchitectureError for what cannot be."""
     if task != "feature-extraction":
         if pooling not in (None, "none") or normalize:
-            raise ArchitectureError("pooling", expected="none for a classifier", found=str(pooling or "normalize"), remedy="leave pooling out, or set task: feature-extraction")
+            raise ArchitectureError(
+                "pooling", expected="none for a classifier", found=str(pooling or "normalize"), remedy="leave pooling out, or set task: feature-extraction"
+            )
         return None, False
     if pooling is not None and pooling not in (*POOLINGS, "none"):
         raise ArchitectureError("pooling", expected=f"{', '.join(POOLINGS)} or none", found=repr(pooling), remedy="choose one of these")

@@ -189,7 +189,9 @@ def serialized(ordered: list[ir.Node], inputs: list[ir.Value], weights: dict[str
     make = onnx.helper.make_tensor_value_info
     heads = [make(str(value.name), onnx.TensorProto.INT64, ["batch", "sequence"]) for value in inputs]
     tail = [onnx.ValueInfoProto(name=str(target.name))]
-    tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(value.const_value.numpy()), name) for name, value in weights.items() if value.const_value is not None]
+    tensors = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(value.const_value.numpy()), name) for name, value in weights.items() if value.const_value is not None
+    ]
     graph = onnx.helper.make_graph([ir.to_proto(node) for node in ordered], "mask", heads, tail, tensors)
     return bytes(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10).SerializeToString())
 

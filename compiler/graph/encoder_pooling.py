@@ -43,7 +43,12 @@ def configured_pooling(checkpoint: Checkpoint) -> tuple[str | None, bool]:
             normalize = True
         elif kind not in ("Transformer", "Dropout"):
             place = f"{checkpoint.origin}: modules.json"
-            raise ArchitectureError(place, expected="Transformer, Pooling and Normalize", found=kind, remedy="export without it is not the same model; name pooling yourself to go on")
+            raise ArchitectureError(
+                place,
+                expected="Transformer, Pooling and Normalize",
+                found=kind,
+                remedy="export without it is not the same model; name pooling yourself to go on",
+            )
     return pooling, normalize
 
 

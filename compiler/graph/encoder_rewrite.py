@@ -69,7 +69,9 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     while unique in graph.initializers:
         count += 1
         unique = f"{name}_{count}"
-    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique), shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+    value = ir.Value(
+        name=unique, const_value=ir.tensor(array, name=unique), shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    )
     graph.register_initializer(value)
     return value
 
@@ -87,9 +89,12 @@ def insert(before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], *, 
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every user of `old`, the graph's outputs included, reads `new`, which takes over type and shape."""
+    """Every user of `old`, the graph's outputs included, reads `new`, which takes over type and shape, and an output's name."""
     new.shape, new.type = old.shape, old.type
+    name = old.name if old.is_graph_output() else None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if name is not None:
+        old.name, new.name = f"{name}_replaced", name
 
 
 def tidy(model: ir.Model) -> ir.Model:

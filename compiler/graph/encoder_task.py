@@ -12,7 +12,16 @@ from compiler.graph.encoder_pooling import read_json
 TASKS = ("feature-extraction", "text-classification", "token-classification")  # names of optimum's TasksManager
 SUFFIXES = {"ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification"}
 HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")  # the last matrix of a classifier, [labels, hidden]
-TESTED = ("bert", "roberta", "distilbert", "mpnet", "deberta-v2", "xlm-roberta", "electra", "camembert")  # each has, or shares its code with, a conformance test
+TESTED = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "mpnet",
+    "deberta-v2",
+    "xlm-roberta",
+    "electra",
+    "camembert",
+)  # each has, or shares its code with, a conformance test
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start behind the padding id
 UNLIMITED = 1 << 20  # tokenizers say 1e30 where they know no limit
 

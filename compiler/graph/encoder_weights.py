@@ -1,6 +1,6 @@
 """Streams a checkpoint's tensors into a fused encoder graph: placeholders become the operators of a scheme, weights external data.
 
-1. A Linear over tokens (input [batch, sequence, in]) takes the scheme: MatMul, DynamicQuantizeMatMul or MatMulNBits.
+1. A Linear over tokens (input [batch, sequence, in]) takes the scheme: MatMul, MatMulNBits, or `dynamic` as `encoder_quantize` says.
 2. Heads are small and decide: a Linear over one vector a row, or with fewer than 32 outputs, stays float.
 3. The word table (a Gather of at least 1024 rows) follows: float16 rows cast after the lookup, or GatherBlockQuantized (rule 4).
 4. Under `dynamic` the table has 8 bits in groups of the largest size of 128, 64, 32, 16 that divides the width; under nbits the scheme's
@@ -20,8 +20,8 @@ import onnx_ir as ir
 
 from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_fusions import PLACEHOLDER
-from compiler.graph.encoder_quantize import quantize_channels
-from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, attribute, insert, nodes, replace
+from compiler.graph.encoder_quantize import STORED, quantize_channels
+from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
 from compiler.graph.external_data import DataFile
 from compiler.quantizers import nbits
 from compiler.scheme import Scheme
@@ -51,6 +51,7 @@ class Weights:
     scheme: Scheme
     data: DataFile
     update: Update | None = None
+    integer_matmul: bool = False
     matrices: list[Matrix] = field(default_factory=list)
     stored: dict[str, list[ir.Value]] = field(default_factory=dict)
 
@@ -86,14 +87,15 @@ class Weights:
         if name not in self.stored:
             self.stored[name] = self.store_matrix(name, self.read(weight), scheme)
         stored = self.stored[name]
-        if scheme.kernel == "dynamic":
+        if scheme.kernel == "dynamic" and self.integer_matmul:
             new = insert(node, "DynamicQuantizeMatMul", [source, *stored, None, bias], domain=MICROSOFT)
         elif scheme.kernel == "nbits":
             codes, scales, *zeros = stored
-            settings = {"K": width, "N": out, "bits": scheme.bits, "block_size": scheme.group_size, "accuracy_level": 4}
+            settings: dict[str, Any] = {"K": width, "N": out, "bits": scheme.bits, "block_size": scheme.group_size, "accuracy_level": 4}
             new = insert(node, "MatMulNBits", [source, codes, scales, zeros[0] if zeros else None, None, bias], domain=MICROSOFT, **settings)
         else:
-            new = insert(node, "MatMul", [source, self.widened(node, stored[0])])
+            weights = self.dequantized(node, stored, width) if scheme.kernel == "dynamic" else self.widened(node, stored[0])
+            new = insert(node, "MatMul", [source, weights])
             if bias is not None:
                 new = insert(node, "Add", [new.outputs[0], bias])
         replace(node.outputs[0], new.outputs[0])
@@ -102,9 +104,12 @@ class Weights:
     def store_matrix(self, name: str, weight: np.ndarray, scheme: Scheme) -> list[ir.Value]:
         """Writes [out, in] as the kernel wants it; the operator's inputs after x."""
         start = self.data.size
-        if scheme.kernel == "dynamic":
+        if scheme.kernel == "dynamic" and self.integer_matmul:
             codes, scales = quantize_channels(weight)
             values = [self.put(name, "int8", codes), self.put(name, "scales", scales)]
+        elif scheme.kernel == "dynamic":
+            packed = nbits.quantize(weight, STORED)
+            values = [self.put(name, "q8", packed.codes), self.put(name, "scales", packed.scales[..., None])]
         elif scheme.kernel == "nbits":
             packed = nbits.quantize(weight, scheme)
             values = [self.put(name, f"q{scheme.bits}", packed.codes), self.put(name, "scales", packed.scales)]
@@ -186,6 +191,25 @@ class Weights:
         first = self.model.graph[0]
         value.replace_all_uses_with(self.widened(first, half))
         self.model.graph.initializers.pop(name, None)
+
+    def dequantized(self, before: ir.Node, stored: list[ir.Value], width: int) -> ir.Value:
+        """codes uint8 [out, groups, 32], scales [out, groups, 1] -> float32 [in, out]: constants only, so onnxruntime folds it once, at load."""
+        graph = self.model.graph
+        numbers = insert(before, "Cast", [stored[0]], to=ir.DataType.FLOAT.value).outputs[0]
+        centred = insert(before, "Sub", [numbers, self.constant("middle", np.array(1 << (STORED.bits - 1), np.float32))]).outputs[0]
+        scaled = insert(before, "Mul", [centred, stored[1]]).outputs[0]
+        flat = insert(before, "Reshape", [scaled, self.constant("flat", np.array([0, -1], np.int64))]).outputs[0]
+        padded = stored[0].shape is not None and int(stored[0].shape[1]) * int(stored[0].shape[2]) != width
+        if padded:
+            ends = [np.array([number], np.int64) for number in (0, width, 1)]
+            flat = insert(before, "Slice", [flat, *(add_constant(graph, "tail", end) for end in ends)]).outputs[0]
+        return insert(before, "Transpose", [flat], perm=[1, 0]).outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A small initializer that all matrices share."""
+        if name not in self.stored:
+            self.stored[name] = [add_constant(self.model.graph, name, array)]
+        return self.stored[name][0]
 
     def widened(self, before: ir.Node, value: ir.Value) -> ir.Value:
         """float16 -> float32 once at load (onnxruntime folds it); float32 passes through."""

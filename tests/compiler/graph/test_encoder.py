@@ -1,0 +1,208 @@
+"""The encoder road on a tiny BERT: pooling, schemes, fused graph, equal bytes. The model is traced once and its raw graph reused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+import compiler.graph.encoder as encoder
+from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.errors import ArchitectureError, OutputError
+from compiler.graph.encoder import export_encoder
+from compiler.reference import reference_model
+from compiler.scheme import parse_scheme
+
+CONFIG = {
+    "model_type": "bert",
+    "vocab_size": 1100,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": 40,
+}
+
+
+def tiny_checkpoint(assets: dict[str, bytes] | None = None) -> Checkpoint:
+    """A seeded BERT whose widths (48, 72) are no multiples of 32."""
+    rng = np.random.default_rng(7)
+    tensors = {}
+    for name, shape in shapes().items():
+        array = rng.normal(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.12, shape).astype(np.float32)
+        tensors[name] = TensorView(name, shape, "F32", lambda start, stop, array=array: array[start:stop])
+    return Checkpoint(tensors, CONFIG, assets or {}, "tiny", lambda: "digest")
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        f"embeddings.{kind}_embeddings.weight": (rows, 48) for kind, rows in (("word", 1100), ("position", 40), ("token_type", 2))
+    }
+    linears = {"attention.self.query": (48, 48), "attention.self.key": (48, 48), "attention.self.value": (48, 48), "attention.output.dense": (48, 48)}
+    linears |= {"intermediate.dense": (72, 48), "output.dense": (48, 72)}
+    norms = ["embeddings.LayerNorm"]
+    for layer in range(2):
+        for name, shape in linears.items():
+            found[f"encoder.layer.{layer}.{name}.weight"], found[f"encoder.layer.{layer}.{name}.bias"] = shape, shape[:1]
+        norms += [f"encoder.layer.{layer}.{place}.LayerNorm" for place in ("attention.output", "output")]
+    for name in norms:
+        found[f"{name}.weight"] = found[f"{name}.bias"] = (48,)
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[[Any, str], ir.Model], Path]:
+    """(a stand-in for `trace` that returns copies of one real trace, the folder of the real export)."""
+    raw: list[bytes] = []
+    real = encoder.trace
+
+    def recording(model: Any, origin: str) -> ir.Model:
+        graph = real(model, origin)
+        raw.append(ir.to_proto(graph).SerializeToString())
+        return graph
+
+    folder = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "trace", recording)
+        export_encoder(tiny_checkpoint(), parse_scheme("int8"), folder, pooling="mean")
+    return lambda model, origin: ir.from_proto(onnx.ModelProto.FromString(raw[0])), folder
+
+
+@pytest.fixture
+def quick(traced: tuple[Callable[[Any, str], ir.Model], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "trace", traced[0])
+
+
+def feeds() -> dict[str, np.ndarray]:
+    """Three rows of 9 tokens; 0, 3 and 8 of them padding."""
+    rng = np.random.default_rng(0)
+    mask = (np.arange(9) < np.array([[9], [6], [1]])).astype(np.int64)
+    return {"input_ids": rng.integers(0, 1100, (3, 9)), "attention_mask": mask, "token_type_ids": rng.integers(0, 2, (3, 9))}
+
+
+def run(folder: Path) -> np.ndarray:
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"]).run(None, feeds())[0]
+
+
+def tokens() -> np.ndarray:
+    """last_hidden_state of eager torch [3, 9, 48]."""
+    model = reference_model(tiny_checkpoint(), "feature-extraction")
+    with torch.no_grad():
+        return model(**{name: torch.from_numpy(array) for name, array in feeds().items()}).last_hidden_state.numpy()
+
+
+def pooled(mode: str) -> np.ndarray:
+    """The slow twin of the graph's pooling."""
+    rows = []
+    for vectors, mask in zip(tokens(), feeds()["attention_mask"], strict=True):
+        seen = vectors[mask == 1]
+        rows.append({"mean": seen.mean(0), "cls": vectors[0], "max": seen.max(0), "lasttoken": seen[-1]}[mode])
+    return np.stack(rows)
+
+
+@pytest.mark.usefixtures("quick")
+class TestPooling:
+    @pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+    def test_equals_the_twin(self, mode: str, tmp_path: Path) -> None:
+        export = export_encoder(tiny_checkpoint(), parse_scheme("fp32"), tmp_path, pooling=mode)
+        assert export.outputs == ("sentence_embedding",)
+        assert np.abs(run(tmp_path) - pooled(mode)).max() <= 1e-5
+
+    def test_normalised_by_the_files_of_sentence_transformers(self, tmp_path: Path) -> None:
+        kinds = ("models.Transformer", "models.Pooling", "models.Normalize")
+        modules = [{"type": f"sentence_transformers.{kind}", "path": "" if i == 0 else f"{i}_X"} for i, kind in enumerate(kinds)]
+        assets = {
+            "modules.json": str(modules).replace("'", '"').encode(),
+            "1_X/config.json": b'{"pooling_mode_max_tokens": true, "pooling_mode_cls_token": false}',
+        }
+        export = export_encoder(tiny_checkpoint(assets), parse_scheme("fp32"), tmp_path)
+        assert (export.task, export.pooling, export.normalize) == ("feature-extraction", "max", True)
+        wanted = pooled("max")
+        assert np.abs(run(tmp_path) - wanted / np.linalg.norm(wanted, axis=1, keepdims=True)).max() <= 1e-5
+
+    def test_none_leaves_the_tokens(self, tmp_path: Path) -> None:
+        export = export_encoder(tiny_checkpoint(), parse_scheme("fp32"), tmp_path)
+        assert export.outputs == ("last_hidden_state",)
+        attended = feeds()["attention_mask"] == 1
+        assert np.abs(run(tmp_path)[attended] - tokens()[attended]).max() <= 1e-5
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("scheme", "integer", "cosine"),
+    [("fp16", False, 0.99999), ("int8", False, 0.9999), ("int8", True, 0.99), ("int8-g32", False, 0.9995), ("int4-g16-asym", False, 0.98)],
+)
+def test_schemes_stay_near_float(scheme: str, integer: bool, cosine: float, tmp_path: Path) -> None:
+    export = export_encoder(tiny_checkpoint(), parse_scheme(scheme), tmp_path, pooling="mean", integer_matmul=integer)
+    got, wanted = run(tmp_path), pooled("mean")
+    assert ((got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)).min() >= cosine
+    stored = {matrix.name: matrix.scheme for matrix in export.matrices}
+    joined = "encoder.layer.0.attention.self.{}.weight"
+    assert stored["+".join(joined.format(part) for part in ("query", "key", "value"))] == str(parse_scheme(scheme))
+    assert sum(matrix.nbytes for matrix in export.matrices) <= export.files["model.onnx.data"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_graph_is_fused_and_bare(tmp_path: Path) -> None:
+    export = export_encoder(tiny_checkpoint(), parse_scheme("fp32"), tmp_path, pooling="mean")
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert (kinds["MultiHeadAttention"], kinds["SkipLayerNormalization"], kinds["BiasGelu"]) == (2, 4, 2)
+    assert kinds["MatMul"] == 4 * 2 + 1  # qkv, out, up, down; and the mean
+    assert not {"Softmax", "Transpose", "Reshape", "Expand", "Where", "Identity"} & set(kinds)
+    assert export.fusions["unfused_softmax"] == 0
+    assert [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in model.graph.input] == [["batch", "sequence"]] * 3
+    assert b"/" not in (tmp_path / "model.onnx").read_bytes()  # no path of the machine
+    assert not model.producer_version and not model.doc_string and not model.metadata_props
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+def test_two_processes_write_equal_bytes(traced: tuple[Any, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy, pathlib; module = runpy.run_path(sys.argv[1]);"
+        "module['export_encoder'](module['tiny_checkpoint'](), module['parse_scheme']('int8'), pathlib.Path(sys.argv[2]), pooling='mean')"
+    )
+    subprocess.run([sys.executable, "-c", code, __file__, str(tmp_path)], check=True, timeout=240, cwd=Path(__file__).parents[3])
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / name).read_bytes() == (traced[1] / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_names_the_weights(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    export_encoder(tiny_checkpoint(), parse_scheme("int8"), tmp_path, progress=lambda name, done, total: seen.append((name, done, total)))
+    assert [done for _, done, _ in seen] == list(range(seen[0][2]))
+    assert any("query.weight" in name for name, _, _ in seen)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx.data").mkdir()
+    with pytest.raises(OutputError, match=r"model\.onnx\.data"):
+        export_encoder(tiny_checkpoint(), parse_scheme("fp32"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "summarization"}, "feature-extraction | text-classification"),
+        ({"pooling": "median"}, "'median'"),
+        ({"normalize": True}, "set pooling to one of mean"),
+        ({"task": "text-classification", "pooling": "mean"}, "none for a classifier"),
+    ],
+)
+def test_wrong_settings_say_what_is_right(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError) as caught:
+        export_encoder(tiny_checkpoint(), parse_scheme("fp32"), tmp_path, **settings)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
