@@ -12,7 +12,7 @@ import onnx_ir as ir
 from compiler.errors import OutputError
 
 OPSET = 23  # the first with RMSNormalization, so that the standard checker accepts the graph
-IR_VERSION = 10
+IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 
 

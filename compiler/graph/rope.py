@@ -72,9 +72,13 @@ def rope_of(parameters: Mapping[str, Any], head_size: int, max_positions: int) -
 
 
 def powers(theta: float, rotary_dim: int) -> np.ndarray:
-    """theta ** (2 i / rotary_dim), float32 [rotary_dim / 2]."""
+    """theta ** (2 i / rotary_dim), float32 [rotary_dim / 2].
+
+    The exponent is rounded to float32 as transformers' is; the power is taken in float64 and rounded once, because float32 powers differ by an ulp from
+    one processor to the next and a bundle must be the same bytes on each.
+    """
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    return np.power(np.float32(theta), exponents, dtype=np.float32)
+    return np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
 def row(values: np.ndarray) -> tuple[float, ...]:
