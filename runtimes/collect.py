@@ -3,7 +3,8 @@
 1. A window is one or more calls between two readings of the reference kernel (`targets.spin`). When either reading is off, its samples are dropped and counted.
 2. After each doubling of the samples the limits are looked at. Look k may be wrong with probability (1-c) / 2^k, so all looks together keep c
    (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing may be told after 4 samples, passing needs what the percentile needs.
-3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE.
+3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE. Calls and time of dropped windows do
+   not count, until they are twice what the caps allow: a busy machine measures longer, but not for ever.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from targets.errors import TrimtabError
 from targets.spin import Spin
 
 FIRST_FAIL_LOOK = 4
+BUSY_FACTOR = 3  # times the caps, dropped windows included
 WARMUP_MOST = 8
 WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
 
@@ -107,8 +109,10 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
     questions = [_Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0
+    lost = 0.0  # seconds of dropped windows
     started, before = time.perf_counter(), spin.read()
     while True:
+        opened = time.perf_counter()
         window = _window(call, budget.window_ms)
         after = spin.read()
         windows += 1
@@ -118,7 +122,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
                     values[name].append(value)
             kept += len(window)
         else:
-            dropped, disturbed = dropped + len(window), disturbed + 1
+            dropped, disturbed, lost = dropped + len(window), disturbed + 1, lost + time.perf_counter() - opened
         before = after
         for question in questions:
             question.look(values[question.limit.series])
@@ -126,7 +130,8 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         if report is not None:
             report(kept, budget.most, seconds)
         decided = kept >= budget.least and all(question.result is not None for question in questions)
-        if decided or kept + dropped >= budget.most or seconds >= budget.seconds:
+        spent = kept >= budget.most or seconds - lost >= budget.seconds
+        if decided or spent or kept + dropped >= BUSY_FACTOR * budget.most or seconds >= BUSY_FACTOR * budget.seconds:
             break
     for question in questions:
         question.look(values[question.limit.series], last=True)

@@ -83,7 +83,14 @@ def test_disturbed_windows_are_dropped_and_counted() -> None:
 def test_a_machine_that_is_never_quiet_gives_no_verdict() -> None:
     samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0)], budget(most=50), Script(constant(0.0)))  # type: ignore[arg-type]
     ((_, test),) = samples.tests
-    assert (test.outcome, test.samples, samples.dropped) == (INCONCLUSIVE, 0, 50)
+    assert (test.outcome, test.samples, samples.dropped) == (INCONCLUSIVE, 0, 150)  # three times the cap, and then it is enough
+
+
+def test_disturbed_windows_do_not_use_up_the_cap() -> None:
+    # a disturbed window pair after every third: half of the windows are lost, and the cap of 50 kept ones is still reached
+    readings = iter([True, True, False] * 1000)
+    samples = run(constant(10.0), [Limit("ttft_ms", 99, 20.0)], budget(most=50), Script(readings))
+    assert len(samples.values["ttft_ms"]) == 50 and samples.dropped > 50
 
 
 def test_time_is_a_cap_too() -> None:
