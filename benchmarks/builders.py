@@ -103,7 +103,7 @@ def accuracy(folder: Path, merged: Checkpoint, reference: Any) -> dict[str, floa
     chat = ChatFormat(merged)
     sequences = decoder.scored_sequences(load_rows(None).rows, chat.tokenizer, None, "")
     loop = decoder.open_all_logits(folder) if folder.name.startswith("trimtab") else peer_logits(folder)
-    scores = decoder.score(sequences, reference, lambda ids: np.asarray(loop.all_logits(ids)), lambda *_: None)
+    scores = decoder.score(sequences, reference, decoder.bundle_logits(loop), lambda *_: None)
     metrics = decoder.token_metrics(scores)
     return {name: metrics[name]["value"] for name in ("kl_mean", "top1_agreement")}
 

@@ -33,9 +33,10 @@ from compiler.stages.merge import MergePlan, plan_merge
 from compiler.stages.quantize import predicted_bytes, quantized_view
 from compiler.stages.validate import Measured, checks
 from compiler.store import Store, writing
+from runtimes.session import usable_cores
 from targets.profile import Profile, fingerprint, load_profile
 
-MEASURE_SECONDS = 60.0  # cap of one latency measurement
+MEASURE_SECONDS = 90.0  # cap of one latency measurement
 FRESH_PROCESSES = 2  # beyond the one that samples latency, for memory and load time
 
 
@@ -214,7 +215,7 @@ def measure(
     from runtimes.bench import BenchOptions, measure_in_child
 
     timed = {name: value for name, value in limits.items() if PERCENTILE.fullmatch(name) and value > 0}
-    options = BenchOptions(limits=timed, seconds=MEASURE_SECONDS, threads=profile.threads)
+    options = BenchOptions(limits=timed, seconds=MEASURE_SECONDS, threads=min(profile.threads, usable_cores()))
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short = replace(options, limits={}, least=3, most=3, seconds=10.0)
     again = [measure_in_child(bundle, short) for _ in range(FRESH_PROCESSES)]

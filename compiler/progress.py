@@ -24,23 +24,28 @@ class Progress:
         self.quiet = quiet
         self.live = not quiet and self.stream.isatty()
         self._name, self._started, self._said = "", 0.0, 0.0
+        self._loop_started, self._done = 0.0, 0
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
         self._name, self._started, self._said = name, time.monotonic(), 0.0
+        self._loop_started, self._done = self._started, 0
         self._say(f"{name:10s} {detail}")
         yield
         self._say(f"{name:10s} done in {time.monotonic() - self._started:.1f} s", last=True)
 
     def update(self, item: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if done < self._done:  # another loop of the same stage began: its rate is its own
+            self._loop_started = now
+        self._done = done
         if self.quiet or now - self._said < (0.1 if self.live else PLAIN_INTERVAL_S):
             return
         if not self._said and not self.live and now - self._started < PLAIN_INTERVAL_S:
             return
         self._said = now
-        spent = now - self._started
-        left = f", {spent / done * (total - done):.0f} s left" if done else ""
+        spent = now - self._loop_started
+        left = f", {spent / done * (total - done):.0f} s left" if done and spent else ""
         memory = psutil.Process().memory_info().rss / 1e6
         self._say(f"{self._name:10s} {done}/{total} {item}, {done / spent if spent else 0:.3g}/s{left}, {memory:.0f} MB held", keep=True)
 

@@ -19,10 +19,11 @@ from compiler.evaluation.data import Row
 WINDOW = 512  # tokens of a scored text window; its second half is scored, the first is context
 MAX_WINDOWS = 12
 LEAST_SEQUENCES = 5
-GENERATE_BATCH = 16
+GENERATE_BATCH = 12
+BATCH_TOKENS = 1024  # logits of a batch: 1024 x 49,152 x 4 B = 200 MB
 
 Report = Callable[[str, int, int], None]
-Model = Callable[[np.ndarray], np.ndarray]  # ids [1, n] -> logits [1, n, vocab]
+Model = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]  # ids [n] of each sequence -> logits [n, vocab] of each
 
 
 @dataclass(frozen=True)
@@ -72,32 +73,40 @@ class TokenScores:
     groups: np.ndarray
 
 
-def score(
-    sequences: Sequence[Scored], reference: Callable[[np.ndarray], np.ndarray], bundle: Callable[[np.ndarray], np.ndarray], report: Report
-) -> TokenScores:
-    """Compare two models over sequences, one sequence at a time."""
-    columns: list[list[np.ndarray]] = [[], [], [], [], []]
-    for number, sequence in enumerate(sequences):
-        ids = sequence.ids[None]
-        wanted = sequence.ids[sequence.first :]
-        left, right = (log_softmax(model(ids)[0, sequence.first - 1 : -1]) for model in (reference, bundle))
-        rows = np.arange(len(wanted))
-        values = (_kl(left, right), left.argmax(-1) == right.argmax(-1), -left[rows, wanted], -right[rows, wanted], np.full(len(wanted), number))
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
-        report("sequences compared", number + 1, len(sequences))
-    return TokenScores(*(np.concatenate(column) for column in columns))
+def score(sequences: Sequence[Scored], reference: Model, bundle: Model, report: Report) -> TokenScores:
+    """Compare two models over sequences, a few of similar length at a time."""
+    parts = []
+    for numbers in batches([len(sequence.ids) for sequence in sequences]):
+        ids = [sequences[number].ids for number in numbers]
+        for number, left, right in zip(numbers, reference(ids), bundle(ids), strict=True):
+            parts.append(_compare(number, sequences[number], left, right))
+        report("sequences compared", len(parts), len(sequences))
+    return TokenScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of sequences by length, in batches of at most BATCH_TOKENS padded tokens. [3, 500, 4], 1000 -> [[0, 2], [1]] at most."""
+    made: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if not made or (len(made[-1]) + 1) * lengths[place] > BATCH_TOKENS:
+            made.append([])
+        made[-1].append(place)
+    return made
+
+
+def _compare(number: int, sequence: Scored, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The columns of TokenScores for one sequence, from the logits [n, vocab] of both models."""
+    left, right = (log_softmax(logits[sequence.first - 1 : -1]) for logits in (left, right))
+    wanted = sequence.ids[sequence.first :]
+    rows = np.arange(len(wanted))
+    kl = (np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64)  # not finite where `right` is not: such a row must not pass
+    return kl, left.argmax(-1) == right.argmax(-1), -left[rows, wanted], -right[rows, wanted], np.full(len(wanted), number)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float32 [n, vocab] -> log-probabilities, stable."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
-def _kl(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """KL(left || right) in nats, per row. A row that is not finite in `right` stays so: it must not pass."""
-    return (np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64)
 
 
 def cluster_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
@@ -214,11 +223,20 @@ def open_all_logits(directory: Path) -> Any:
 
 
 def merged_logits(model: Any) -> Model:
-    """Eager transformers as a function ids [1, n] -> logits [1, n, vocab]."""
+    """Eager transformers as a Model: one right-padded batch a call; causal attention never looks at the padding."""
     import torch
 
-    def forward(ids: np.ndarray) -> np.ndarray:
+    def forward(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.from_numpy(sequence)
         with torch.inference_mode():
-            return np.asarray(model(input_ids=torch.from_numpy(ids)).logits.float().numpy())
+            logits = model(input_ids=ids).logits.float().numpy()
+        return [logits[row, : len(sequence)] for row, sequence in enumerate(sequences)]
 
     return forward
+
+
+def bundle_logits(loop: Any) -> Model:
+    """A decode loop as a Model: one sequence at a time, as a device runs them."""
+    return lambda sequences: [np.asarray(loop.all_logits(ids[None]))[0] for ids in sequences]

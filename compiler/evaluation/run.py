@@ -43,7 +43,7 @@ def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     sequences = decoder.scored_sequences(data.rows, chat.tokenizer, chat.render, chat.eos_text)
     loop = decoder.open_all_logits(directory)
     reference = reference_model(merged, "text-generation")
-    scores = decoder.score(sequences, decoder.merged_logits(reference), lambda ids: np.asarray(loop.all_logits(ids)), report)
+    scores = decoder.score(sequences, decoder.merged_logits(reference), decoder.bundle_logits(loop), report)
     metrics = decoder.token_metrics(scores, seed)
     rows = [row for row in data.rows if row.messages]
     task: list[dict[str, Any]] = []

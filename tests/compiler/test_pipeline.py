@@ -16,7 +16,7 @@ def short_measurements(monkeypatch):
 @pytest.fixture
 def recipe(tiny_llama, tiny_lora, tmp_path):
     def write(limits, scheme="int8-g32", **more):
-        rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is."}]} for n in range(4)]
+        rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is."}]} for n in range(8)]
         (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         path = tmp_path / "recipe.yaml"
         parts = {

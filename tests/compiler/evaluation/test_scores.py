@@ -16,8 +16,8 @@ def tokenizer(tiny_llama):
 
 
 def logits_of(*rows):
-    """ids [1, n] -> the given logits, whatever the ids."""
-    return lambda ids: np.array([rows], np.float32)
+    """The given logits for every sequence, whatever its ids."""
+    return lambda sequences: [np.array(rows, np.float32) for _ in sequences]
 
 
 def test_kl_of_two_known_distributions():
@@ -36,6 +36,13 @@ def test_the_same_model_has_no_distance_and_a_broken_one_no_pass():
     assert same.kl.max() < 1e-6 and same.same.all()
     broken = decoder.score(scored, logits_of(*rows), logits_of(*(rows * np.nan)), lambda *_: None)
     assert np.isnan(broken.kl).all()
+
+
+def test_batches_hold_similar_lengths_and_every_place_once():
+    lengths = [3, 500, 4, 1000, 30, 2000]
+    made = decoder.batches(lengths)
+    assert sorted(place for batch in made for place in batch) == list(range(6))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= decoder.BATCH_TOKENS for batch in made)
 
 
 def test_only_the_second_half_of_a_window_is_scored(tokenizer):
