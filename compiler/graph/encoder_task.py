@@ -21,7 +21,7 @@ TESTED = (
     "xlm-roberta",
     "electra",
     "camembert",
-)  # each has, or shares its code with, a conformance test
+)  # each has a conformance test against eager transformers
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start behind the padding id
 UNLIMITED = 1 << 20  # tokenizers say 1e30 where they know no limit
 

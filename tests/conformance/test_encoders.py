@@ -13,6 +13,7 @@ import torch
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.graph.encoder import export_encoder
+from compiler.graph.encoder_task import TESTED
 from compiler.reference import model_class_of, reference_model
 from compiler.scheme import parse_scheme
 
@@ -28,8 +29,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
         | {"share_att_key": True, "type_vocab_size": 0, "position_biased_input": False},
         "text-classification",
     ),
+    "xlm-roberta": ({**SIZES, **SPECIAL, "type_vocab_size": 1}, "feature-extraction"),
+    "electra": ({**SIZES, "embedding_size": 16}, "text-classification"),
+    "camembert": ({**SIZES, **SPECIAL, "type_vocab_size": 1}, "token-classification"),
 }
-FUSED_ATTENTION = {"bert": 2, "roberta": 1, "distilbert": 1, "mpnet": 1, "deberta-v2": 0}  # DeBERTa's disentangled scores have no kernel
+FUSED_ATTENTION = dict.fromkeys(FAMILIES, 1) | {"bert": 2, "deberta-v2": 0}  # DeBERTa's disentangled scores have no kernel
 
 
 def random_checkpoint(family: str, sizes: dict[str, Any], task: str) -> Checkpoint:
@@ -58,6 +62,10 @@ def batch_of(names: set[str], batch: int, length: int) -> dict[str, np.ndarray]:
         feeds["input_ids"][row, keep:], feeds["attention_mask"][row, keep:] = 1, 0
     feeds["token_type_ids"] = rng.integers(0, 2, (batch, length))
     return {name: array for name, array in feeds.items() if name in names}
+
+
+def test_families_called_tested_are_these() -> None:
+    assert set(TESTED) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
