@@ -76,6 +76,6 @@ class Checkpoint:
     def digest(self) -> str:
         return self.digest_of()
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
         return sum(view.size for view in self.tensors.values())
