@@ -9,7 +9,7 @@ Why it looks like this:
 * Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
 * A long prompt runs in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked, and its activations
   are the peak of the memory. A 135 M-parameter int4 decoder on a prompt of 1024 tokens, Zen 3: 489 MB at once, 306 MB in chunks of 256, 276 MB in chunks of
-  128, in 6.7, 5.9 and 5.7 s of one core. Chunks of 256 keep the matrix kernels of wider machines busy as well.
+  128. 256 was chosen for memory. What it does to speed is not established: the times beside those figures were one run per setting.
 """
 
 from __future__ import annotations
