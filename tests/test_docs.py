@@ -175,6 +175,15 @@ def test_fewest_samples_are_what_the_table_says() -> None:
         assert min_samples(float(percentile), 0, look_confidence(1)) == int(first)
 
 
+def test_smallest_drops_are_what_the_table_says() -> None:
+    from compiler.evaluation.decoder import paired_drop
+
+    rows = re.findall(r"^\| (\d+) \| (0\.\d{4}) \|$", text_of("evaluation.md"), re.MULTILINE)
+    assert len(rows) == 5
+    for count, limit in rows:
+        assert float(limit) - 1e-4 < paired_drop([True] * int(count), [True] * int(count))["high"] <= float(limit)
+
+
 def test_constants_in_the_prose_are_the_codes() -> None:
     from compiler import pipeline
     from compiler.checkpoints.view import ROW_BLOCK_BYTES
@@ -193,6 +202,7 @@ def test_constants_in_the_prose_are_the_codes() -> None:
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
     assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and pipeline.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
+    assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20
     assert (len(selftest.TEXTS), selftest.TOP, selftest.KEPT) == (4, 5, 8)
     assert set(FAMILIES) <= table_keys("export.md") and all(name in export for name in TESTED)
