@@ -33,7 +33,7 @@ from compiler.stages.merge import MergePlan, plan_merge
 from compiler.stages.quantize import predicted_bytes, quantized_view
 from compiler.stages.validate import Measured, checks
 from compiler.store import Store, writing
-from runtimes.session import usable_cores
+from targets.machine import usable_cores
 from targets.profile import Profile, fingerprint, load_profile
 
 MEASURE_SECONDS = 90.0  # cap of one latency measurement
@@ -93,7 +93,7 @@ def _recipe_sources(recipe: Recipe) -> Sources:
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
     """A profile by name, or from a file beside the recipe."""
     file = recipe.folder / item.profile
-    return load_profile(str(file) if file.is_file() else item.profile)
+    return load_profile(str(file) if file.suffix in (".yaml", ".yml") and file.is_file() else item.profile)
 
 
 def _recipe_data(recipe: Recipe) -> EvaluationSet:

@@ -21,7 +21,7 @@ from compiler.errors import RecipeError
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 FORM = re.compile(r"int(?P<bits>[48])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?")
-KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8 (dynamic), fp16, fp32"
+KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8 and int8-dynamic (encoders), fp16, fp32"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Scheme:
 
     kernel  float:  MatMul on float32, or float16 storage cast once at load
             nbits:  MatMulNBits with accuracy_level 4, GatherBlockQuantized for lookups (weights only)
-            dynamic: 8-bit activations and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
+            stored: 8-bit weights in groups of 32, expanded to float32 once at load; small on disk, exact enough for encoders
+            dynamic: 8-bit activations (one scale a call) and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
     """
 
     bits: int = 32
@@ -45,6 +46,8 @@ class Scheme:
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
+        if self.kernel in ("stored", "dynamic"):
+            return "int8" if self.kernel == "stored" else "int8-dynamic"
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
 
@@ -72,6 +75,9 @@ class Schemes:
         return chosen
 
 
+ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
+
+
 def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     """`int4-g64-asym` -> Scheme(4, 64, False, "nbits"). Raises RecipeError for anything unknown."""
     if text in ("fp32", "fp16"):
@@ -80,6 +86,6 @@ def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     bits = int(match["bits"]) if match else 0
     if match and match["group"] and int(match["group"]) in GROUP_SIZES:
         return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits")
-    if text == "int8":
-        return Scheme(8, None, True, "dynamic")
+    if text in ENCODER_SCHEMES:
+        return ENCODER_SCHEMES[text]
     raise RecipeError(place, expected=KNOWN, found=repr(text), remedy="choose one of these schemes")

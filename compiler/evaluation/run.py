@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder, encoder
 from compiler.evaluation.data import EvaluationSet, Row

@@ -66,7 +66,6 @@ def export_encoder(
     pooling: str | None = None,
     normalize: bool | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    integer_matmul: bool = False,
 ) -> EncoderExport:
     """Writes `directory`/model.onnx and model.onnx.data.
 
@@ -74,7 +73,6 @@ def export_encoder(
     pooling    mean, cls, max, lasttoken or "none"; None: what sentence-transformers' files say
     normalize  unit length of the pooled vector; None: what the files say
     progress   called with (item, done, total) while weights are written
-    integer_matmul  with `int8`: multiply in 8 bits (faster, less exact: see `encoder_quantize`)
     Raises ArchitectureError, CheckpointError, OutputError.
     """
     chosen = task or infer_task(checkpoint)
@@ -93,7 +91,7 @@ def export_encoder(
         add_pooling(graph, mode, unit)
     directory.mkdir(parents=True, exist_ok=True)
     with DataFile(directory / "model.onnx.data") as data:
-        matrices = Weights(graph, tensors, scheme, data, progress, integer_matmul).lower()
+        matrices = Weights(graph, tensors, scheme, data, progress).lower()
     finish(graph)
     save(graph, directory / "model.onnx")
     files = {name: (directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}

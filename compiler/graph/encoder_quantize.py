@@ -1,14 +1,14 @@
-"""8 bits for encoders (`int8`, kernel `dynamic`): two forms, chosen by measurement.
+"""8 bits for encoders: two forms, `int8` (stored) and `int8-dynamic` (integer), and what was measured of them.
 
-Stored (the default): codes uint8 in groups of 32 along the input, by `quantizers.nbits`; the graph turns them into float32 once, at load
+Stored (`int8`): codes uint8 in groups of 32 along the input, by `quantizers.nbits`; the graph turns them into float32 once, at load
 (onnxruntime folds constants), and multiplies in float32. The file is a quarter, the vectors hold, and no kernel can saturate.
 
-Integer (`integer_matmul=True`): DynamicQuantizeMatMul (com.microsoft),
+Integer (`int8-dynamic`): DynamicQuantizeMatMul (com.microsoft),
 
     scale[n] = max_k |w[n, k]| / 127        code[k, n] = clip(rint(w[n, k] / scale[n]), -127, 127)  int8        w_hat = code * scale
     x: one scale and zero point a call over [min(x, 0), max(x, 0)], uint8 (DynamicQuantizeLinear)
 
-Why the default is not the integer form: cosine to torch of all-MiniLM-L6-v2's sentence vectors, 32 sentences, English, Japanese, typos
+Why `int8` is not the integer form: cosine to torch of all-MiniLM-L6-v2's sentence vectors, 32 sentences, English, Japanese, typos
 (min / mean; "sim" is fake quantization in torch, "run" the exported graph in onnxruntime 1.31 on AVX2 without VNNI):
     run  stored form                                                         0.9993 / 0.9998   (25.0 MB; float32 is 90.3)
     run  integer form                                                        0.9730 / 0.9895   (23.8 MB)
@@ -34,9 +34,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from compiler.scheme import Scheme
-
-STORED = Scheme(8, 32, True, "nbits")
 TOP = 127  # -128 is left out: the grid is symmetric
 
 

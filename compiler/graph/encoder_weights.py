@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_fusions import PLACEHOLDER
-from compiler.graph.encoder_quantize import STORED, quantize_channels
+from compiler.graph.encoder_quantize import quantize_channels
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
 from compiler.graph.external_data import DataFile
 from compiler.quantizers import nbits
@@ -51,7 +51,6 @@ class Weights:
     scheme: Scheme
     data: DataFile
     update: Update | None = None
-    integer_matmul: bool = False
     matrices: list[Matrix] = field(default_factory=list)
     stored: dict[str, list[ir.Value]] = field(default_factory=dict)
 
@@ -87,14 +86,14 @@ class Weights:
         if name not in self.stored:
             self.stored[name] = self.store_matrix(name, self.read(weight), scheme)
         stored = self.stored[name]
-        if scheme.kernel == "dynamic" and self.integer_matmul:
+        if scheme.kernel == "dynamic":
             new = insert(node, "DynamicQuantizeMatMul", [source, *stored, None, bias], domain=MICROSOFT)
         elif scheme.kernel == "nbits":
             codes, scales, *zeros = stored
             settings: dict[str, Any] = {"K": width, "N": out, "bits": scheme.bits, "block_size": scheme.group_size, "accuracy_level": 4}
             new = insert(node, "MatMulNBits", [source, codes, scales, zeros[0] if zeros else None, None, bias], domain=MICROSOFT, **settings)
         else:
-            weights = self.dequantized(node, stored, width) if scheme.kernel == "dynamic" else self.widened(node, stored[0])
+            weights = self.dequantized(node, stored, width) if scheme.kernel == "stored" else self.widened(node, stored[0])
             new = insert(node, "MatMul", [source, weights])
             if bias is not None:
                 new = insert(node, "Add", [new.outputs[0], bias])
@@ -104,11 +103,11 @@ class Weights:
     def store_matrix(self, name: str, weight: np.ndarray, scheme: Scheme) -> list[ir.Value]:
         """Writes [out, in] as the kernel wants it; the operator's inputs after x."""
         start = self.data.size
-        if scheme.kernel == "dynamic" and self.integer_matmul:
+        if scheme.kernel == "dynamic":
             codes, scales = quantize_channels(weight)
             values = [self.put(name, "int8", codes), self.put(name, "scales", scales)]
-        elif scheme.kernel == "dynamic":
-            packed = nbits.quantize(weight, STORED)
+        elif scheme.kernel == "stored":
+            packed = nbits.quantize(weight, scheme)
             values = [self.put(name, "q8", packed.codes), self.put(name, "scales", packed.scales[..., None])]
         elif scheme.kernel == "nbits":
             packed = nbits.quantize(weight, scheme)
@@ -162,7 +161,7 @@ class Weights:
         """Rule 4."""
         if not self.scheme.quantized:
             return self.scheme
-        sizes = EMBEDDING_GROUPS if self.scheme.group_size is None else (self.scheme.group_size,)
+        sizes = EMBEDDING_GROUPS if self.scheme.kernel != "nbits" else (self.scheme.group_size,)
         fits = [size for size in sizes if view.shape[1] % size == 0]
         return Scheme(self.scheme.bits, fits[0], self.scheme.symmetric, "nbits") if fits else Scheme()
 
@@ -196,7 +195,7 @@ class Weights:
         """codes uint8 [out, groups, 32], scales [out, groups, 1] -> float32 [in, out]: constants only, so onnxruntime folds it once, at load."""
         graph = self.model.graph
         numbers = insert(before, "Cast", [stored[0]], to=ir.DataType.FLOAT.value).outputs[0]
-        centred = insert(before, "Sub", [numbers, self.constant("middle", np.array(1 << (STORED.bits - 1), np.float32))]).outputs[0]
+        centred = insert(before, "Sub", [numbers, self.constant("middle", np.array(1 << (self.scheme.bits - 1), np.float32))]).outputs[0]
         scaled = insert(before, "Mul", [centred, stored[1]]).outputs[0]
         flat = insert(before, "Reshape", [scaled, self.constant("flat", np.array([0, -1], np.int64))]).outputs[0]
         padded = stored[0].shape is not None and int(stored[0].shape[1]) * int(stored[0].shape[2]) != width

@@ -71,11 +71,11 @@ def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
 
 
 def _refuse_dynamic(schemes: list[Scheme]) -> None:
-    if any(scheme.kernel == "dynamic" for scheme in schemes):
+    if any(scheme.kernel in ("stored", "dynamic") for scheme in schemes):
         raise ArchitectureError(
-            "quantize.scheme: int8",
+            "quantize.scheme",
             expected="a weight-only scheme for a decoder (int8-g32, int4-g64, ...)",
-            found="dynamic int8, which has one activation scale a tensor and ruins decoders",
+            found="int8 or int8-dynamic, which are forms for encoders: one activation scale a tensor ruins decoders",
             remedy="use int8-g64",
         )
 
