@@ -161,8 +161,8 @@ class Weights:
         """Rule 4."""
         if not self.scheme.quantized:
             return self.scheme
-        sizes = EMBEDDING_GROUPS if self.scheme.kernel != "nbits" else (self.scheme.group_size,)
-        fits = [size for size in sizes if view.shape[1] % size == 0]
+        own = self.scheme.group_size if self.scheme.kernel == "nbits" else None
+        fits = [size for size in ((own,) if own else EMBEDDING_GROUPS) if view.shape[1] % size == 0]
         return Scheme(self.scheme.bits, fits[0], self.scheme.symmetric, "nbits") if fits else Scheme()
 
     def store_float(self, name: str, value: ir.Value) -> None:
