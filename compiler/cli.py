@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from compiler.cli_delta import delta_group
+from compiler.cli_parts import AS_JSON, DELTAS, OUT
+from compiler.cli_parts import finish as _finish
+from compiler.cli_parts import print_json as _print_json
+from compiler.cli_parts import progress as _progress
+from compiler.cli_parts import weighted as _weighted
 from targets.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from compiler.progress import Progress
     from compiler.store import Store
 
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist yet or be empty.")
-DELTAS = click.option("--delta", "deltas", multiple=True, metavar="PATH[=WEIGHT]", help="A trained delta and its weight (default 1.0); repeatable.")
 LIMITS = click.option("--limit", "limits", multiple=True, metavar="KEY=VALUE", help="A limit laid over the bundle's own, e.g. tpot_p95_ms=12.")
 
 
@@ -57,20 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _progress(as_json: bool) -> Progress:
-    from compiler.progress import Progress
-
-    return Progress(quiet=as_json)
-
-
 def _store() -> Store:
     from compiler.store import Store
 
     return Store.default()
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @cli.command("compile")
@@ -139,20 +131,36 @@ def _brief(params: dict[str, Any]) -> str:
 @cli.command("merge")
 @click.argument("base")
 @DELTAS
-@click.option("--combine", default="linear", show_default=True, help="How several deltas are combined.")
+@click.option("--combine", default="linear", show_default=True, help="How several deltas are combined: see docs/deltas.md.")
+@click.option("--density", type=float, help="Share of each difference that is kept (ties, magnitude_prune, dare_*); default 0.2.")
+@click.option("--seed", type=int, help="Seed of dare_*; default 0.")
+@click.option("--rank", type=int, help="Rank of svd.")
 @click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), help="Stored type; default: as in the base.")
+@click.option(
+    "--rollback",
+    is_flag=False,
+    flag_value="auto",
+    type=click.Choice(["auto", "residual", "reference"]),
+    help="Keep what takes the merge back: residuals of the base's words, or a reference to the base; auto: residuals unless larger than the base.",
+)
 @OUT
 @AS_JSON
-def merge_command(base: str, deltas: tuple[str, ...], combine: str, dtype: str | None, out: Path, as_json: bool) -> None:
+def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollback: str | None, out: Path, as_json: bool, **mix: Any) -> None:
     """Merge deltas into BASE and write a checkpoint, block by block.
 
     \b
     Example:
       trimtab merge models/base --delta adapters/a=0.7 --delta adapters/b=0.3 --out merged
+      trimtab merge models/base --delta adapters/a --delta adapters/b --combine ties --density 0.3 --out merged
     """
-    from compiler import pipeline
+    from compiler import delta_tools, pipeline
+    from compiler.deltas.combine import combine_named
 
-    _finish(pipeline.merge_files(base, _weighted(deltas), combine, dtype, out, _progress(as_json)), as_json)
+    method = combine_named(mix.pop("combine"), **mix, place="--combine")
+    if rollback:
+        _finish(delta_tools.merge_reversibly(base, _weighted(deltas), method, dtype, out, rollback, _progress(as_json)), as_json)
+    else:
+        _finish(pipeline.merge_files(base, _weighted(deltas), method, dtype, out, _progress(as_json)), as_json)
 
 
 @cli.command("quantize")
@@ -190,25 +198,6 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
     from compiler import pipeline
 
     _finish(pipeline.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
-    else:
-        click.echo("  ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, (list, dict))))
-
-
-def _weighted(deltas: Sequence[str]) -> list[tuple[str, float]]:
-    """`path=0.5` -> ("path", 0.5). Only a number after the last `=` is a weight: paths may hold `=`."""
-    pairs = []
-    for text in deltas:
-        path, separator, weight = text.rpartition("=")
-        try:
-            pairs.append((path, float(weight)) if separator else (text, 1.0))
-        except ValueError:
-            pairs.append((text, 1.0))
-    return pairs
 
 
 @cli.command("validate")
@@ -365,3 +354,6 @@ def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
 
     text = probe_target(seconds, out, _progress(as_json), as_json)
     click.echo(text)
+
+
+cli.add_command(delta_group)

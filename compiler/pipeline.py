@@ -17,6 +17,7 @@ from typing import Any
 
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.checkpoints.view import Checkpoint
+from compiler.deltas.combine import Combine
 from compiler.deltas.load import load_delta
 from compiler.errors import OutputError, RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
@@ -52,7 +53,7 @@ class Sources:
         """What determines the merged weights."""
         record = self.merge.record()
         deltas = [{key: row[key] for key in ("name", "kind", "weight", "digest")} for row in record["deltas"]]
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": self.merge.combine}
+        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine)}
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Sources:
             for row in record["deltas"]
         ]
         base = {"origin": self.merge.base.origin, "digest": self.merge.base.digest}
-        return {"base": base, "deltas": deltas, "combine": self.merge.combine, "notes": record["notes"]}
+        return {"base": base, "deltas": deltas, "combine": str(self.merge.combine), "notes": record["notes"]}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Outcome:
         return {"document": dict(self.document), "exit_code": self.exit_code, "bundle": str(self.bundle) if self.bundle else None}
 
 
-def open_sources(base: str, deltas: Sequence[tuple[str, float]], combine: str = "linear", folder: Path | None = None) -> Sources:
+def open_sources(base: str, deltas: Sequence[tuple[str, float]], combine: Combine | str = "linear", folder: Path | None = None) -> Sources:
     """Open base and deltas and bind them; raises CheckpointError, DeltaError or RecipeError before any work."""
     checkpoint = open_checkpoint(base, relative_to=folder)
     loaded = [load_delta(path, weight=weight, relative_to=folder) for path, weight in deltas]
@@ -87,7 +88,7 @@ def open_sources(base: str, deltas: Sequence[tuple[str, float]], combine: str = 
 
 
 def _recipe_sources(recipe: Recipe) -> Sources:
-    return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine, recipe.folder)
+    return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine.checked, recipe.folder)
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -357,7 +358,7 @@ def _account(out: Path, watch: Stopwatch, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "size_mb": round(size / 1e6, 3), "seconds": round(watch.seconds, 2), "peak_rss_mb": round(peak_rss_mb(), 1), **more}
 
 
-def merge_files(base: str, deltas: Sequence[tuple[str, float]], combine: str, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
+def merge_files(base: str, deltas: Sequence[tuple[str, float]], combine: Combine, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
     """`trimtab merge`: a merged checkpoint on disk, written block by block."""
     from compiler.checkpoints.write import write_checkpoint
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compiler.deltas.combine import Combine, combine_named
 from compiler.errors import RecipeError
 from compiler.limits import quantity
 from compiler.scheme import Schemes, parse_scheme
@@ -33,6 +34,24 @@ class DeltaItem(Part):
 
     path: str
     weight: float = 1.0
+
+
+class CombineItem(Part):
+    """How several deltas combine: a method's name, or a mapping with its parameters. `ties` is {method: ties}."""
+
+    method: str = "linear"
+    density: float | None = None
+    seed: int | None = None
+    rank: int | None = None
+
+    @model_validator(mode="after")
+    def known(self) -> CombineItem:
+        _ = self.checked  # an unknown method or a parameter it has not is told now
+        return self
+
+    @property
+    def checked(self) -> Combine:
+        return combine_named(self.method, self.density, self.seed, self.rank)
 
 
 class Quantize(Part):
@@ -86,7 +105,7 @@ class Recipe(Part):
     name: Name
     base: str
     deltas: Sequence[DeltaItem] = ()
-    combine: Literal["linear"] = "linear"
+    combine: CombineItem = CombineItem()
     distil: None = None
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
@@ -96,6 +115,11 @@ class Recipe(Part):
     seed: int = 0
 
     _folder: Path = Path()
+
+    @field_validator("combine", mode="before")
+    @classmethod
+    def named(cls, combine: Any) -> Any:
+        return {"method": combine} if isinstance(combine, str) else combine
 
     @property
     def folder(self) -> Path:
@@ -183,7 +207,7 @@ def _first_problem(error: ValidationError, path: Path) -> RecipeError:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     """The keys that may stand at a location such as ("targets", 0)."""
     model: type[BaseModel] = Recipe
-    rooms: dict[str, type[BaseModel]] = {"deltas": DeltaItem, "quantize": Quantize, "evaluate": Evaluate, "targets": TargetItem}
+    rooms: dict[str, type[BaseModel]] = {"deltas": DeltaItem, "combine": CombineItem, "quantize": Quantize, "evaluate": Evaluate, "targets": TargetItem}
     for part in location:
         model = rooms.get(str(part), model)
     return sorted(model.model_fields)

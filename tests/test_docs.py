@@ -81,6 +81,7 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a recipe as docs/recipe.md writes it: `deltas.path`, without list numbers."""
     parts: dict[str, type[BaseModel]] = {
         "deltas": recipe_module.DeltaItem,
+        "combine": recipe_module.CombineItem,
         "quantize": recipe_module.Quantize,
         "evaluate": recipe_module.Evaluate,
         "targets": recipe_module.TargetItem,
@@ -94,7 +95,8 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_every_recipe_key_is_explained_and_no_other() -> None:
     documented, known = table_keys("recipe.md"), set(recipe_keys(Recipe))
     models = {model for model in vars(recipe_module).values() if isinstance(model, type) and issubclass(model, recipe_module.Part)}
-    assert models == {recipe_module.Part, Recipe, recipe_module.DeltaItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
+    rooms = {recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
+    assert models == {recipe_module.Part, Recipe, *rooms}
     assert known <= documented, known - documented
     extra = {key for key in documented - known if not PERCENTILE.fullmatch(key) and key not in {row.name for row in ROWS}}
     assert not extra
@@ -304,8 +306,9 @@ def test_each_bad_input_stands_on_the_page_once() -> None:
 
 def test_refused_and_not_built_are_refused() -> None:
     """What index.md says is not built: were it built, the page would be wrong."""
-    assert not {"explain", "distil", "bench", "compare", "delta", "cache"} & set(cli.commands)
-    for more in ({"combine": "ties"}, {"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}, {"quantize": {"method": "gptq"}}):
+    assert not {"explain", "distil", "bench", "compare", "cache"} & set(cli.commands)
+    assert "ablate" not in cli.commands["delta"].commands  # type: ignore[attr-defined]
+    for more in ({"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}, {"quantize": {"method": "gptq"}}):
         with pytest.raises(TrimtabError):
             parse_recipe({"name": "x", "base": "base", **more}, Path("recipe.yaml"))
     assert Schemes(parse_scheme("int4-g64")).default == Recipe(name="x", base="base").quantize.schemes.default

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from compiler.checkpoints.files import sha256_parts
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import Delta
 from compiler.deltas.bind import Bound, bind
-from compiler.deltas.combine import Combine, combine_named
+from compiler.deltas.combine import Combine, combine_named, linear
 from compiler.deltas.heads import check_head, head_config
+from compiler.deltas.mix import LastBlock, Term, mixed_rows
 from compiler.deltas.names import HEADS, Names
 from compiler.deltas.tied import untie
 
@@ -29,7 +30,7 @@ class MergePlan:
 
     base: Checkpoint
     deltas: tuple[Delta, ...]
-    combine: str
+    combine: Combine
     bound: Mapping[str, tuple[Bound, ...]] = field(repr=False)
     added: tuple[str, ...] = ()
     head: tuple[str, str] | None = None
@@ -37,26 +38,28 @@ class MergePlan:
 
     def view(self) -> Checkpoint:
         """The merged checkpoint; nothing is computed until rows are read."""
-        method = combine_named(self.combine)
+        last = LastBlock()
         tensors = dict(self.base.tensors)
         if self.head:
             name, embedding = self.head
             tensors[name] = replace(self.base.tensors[embedding], name=name)
-        tensors = {name: _merged(view, self.bound[name], method) if name in self.bound else view for name, view in tensors.items()}
+        tensors = {name: _merged(view, self.bound[name], self.combine, last) if name in self.bound else view for name, view in tensors.items()}
         for name in self.added:
-            tensors[name] = _added(name, self.bound[name], method)
+            tensors[name] = _added(name, self.bound[name])
         if self._prefix:
-            kept = {*self.added, *(self.head or ())[:1]}
-            names = {name: name if name in kept else self._prefix + name for name in tensors}
-            tensors = {names[name]: replace(view, name=names[name]) for name, view in tensors.items()}
+            tensors = {(called := self.merged_name(name)): replace(view, name=called) for name, view in tensors.items()}
         origin = " + ".join([self.base.origin, *(delta.origin for delta in self.deltas)])
         return Checkpoint(tensors, self._config(), self.base.assets, origin, self._digest)
+
+    def merged_name(self, name: str) -> str:
+        """What a tensor of the base, or an added one, is called in the merged view."""
+        return name if name in self.added or name == (self.head or ("",))[0] else self._prefix + name
 
     def record(self) -> dict[str, Any]:
         """The merge for the manifest: base, deltas with weight and digest, tensors each one touched, what was untied or added."""
         return {
             "base": {"name": self.base.origin, "digest": self.base.digest},
-            "combine": self.combine,
+            "combine": str(self.combine),
             "deltas": [self._delta_record(delta) for delta in self.deltas],
             "added": list(self.added),
             "notes": list(self.notes),
@@ -90,20 +93,20 @@ class MergePlan:
         return config
 
     def _digest(self) -> str:
-        parts = {"base": self.base.digest, "combine": self.combine}
+        parts = {"base": self.base.digest, "combine": str(self.combine)}
         for number, delta in enumerate(self.deltas):
             parts[f"delta {number:04d}"] = f"{delta.digest} {delta.weight!r}"
         return sha256_parts(parts)
 
 
-def merged_view(base: Checkpoint, deltas: Sequence[Delta], combine: str = "linear") -> Checkpoint:
+def merged_view(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str = "linear") -> Checkpoint:
     """base + deltas as a lazy checkpoint. Raises DeltaError for a delta that does not fit, RecipeError for an unknown combine."""
     return plan_merge(base, deltas, combine).view() if deltas else base
 
 
-def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: str = "linear") -> MergePlan:
+def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str = "linear") -> MergePlan:
     """Bind the deltas to the base. Raises DeltaError as `bind`, `check_head` and `untie` say, RecipeError for an unknown combine."""
-    combine_named(combine)
+    mixture = combine_named(combine) if isinstance(combine, str) else combine
     names = Names(base.tensors, str(base.config.get("model_type")))
     bound = bind(base, names, deltas)
     added = tuple(name for name in bound if name not in base.tensors and name not in HEADS)
@@ -111,31 +114,48 @@ def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: str = "linear
         check_head(base, names, delta, added)
     head, notes = untie(base, names, bound)
     known = {*base.tensors, *added, *(head or ())[:1]}
-    return MergePlan(base, tuple(deltas), combine, {name: tuple(edits) for name, edits in bound.items() if name in known}, added, head, notes)
+    return MergePlan(base, tuple(deltas), mixture, {name: tuple(edits) for name, edits in bound.items() if name in known}, added, head, notes)
 
 
-def _apply(block: np.ndarray, first: int, edits: Sequence[Bound], method: Combine) -> np.ndarray:
-    """Replacements in turn, then all differences by the combine method."""
+def _replaced(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
     for one in edits:
         if one.edit.replaces:
             block = one.edit.change(first, block, one.transposed)
-    return method(block, ((one.delta.weight, one.edit.change(first, block, one.transposed)) for one in edits if not one.edit.replaces))
+    return block
 
 
-def _merged(view: TensorView, edits: Sequence[Bound], method: Combine) -> TensorView:
-    def rows(start: int, stop: int) -> np.ndarray:
-        return _apply(view.rows(start, stop), start, edits, method)
+def _apply(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
+    """Replacements in turn, then the weighted sum of all differences."""
+    block = _replaced(block, first, edits)
+    return linear(block, ((one.delta.weight, one.edit.change(first, block, one.transposed)) for one in edits if not one.edit.replaces))
 
+
+def _terms(edits: Sequence[Bound]) -> list[Term]:
+    """The differences on one tensor, one term per delta: a delta may have several edits of a tied tensor."""
+    groups: dict[int, list[Bound]] = {}
+    for one in edits:
+        if not one.edit.replaces:
+            groups.setdefault(id(one.delta), []).append(one)
+
+    def change(group: Sequence[Bound], first: int, base: np.ndarray) -> np.ndarray:
+        total = group[0].edit.change(first, base, group[0].transposed)
+        for one in group[1:]:
+            total = total + one.edit.change(first, base, one.transposed)
+        return total
+
+    return [Term(group[0].delta.weight, group[0].delta.digest, partial(change, group)) for group in groups.values()]
+
+
+def _merged(view: TensorView, edits: Sequence[Bound], combine: Combine, last: LastBlock) -> TensorView:
+    if combine.row.plain or all(one.edit.replaces for one in edits):
+        return replace(view, rows=lambda start, stop: _apply(view.rows(start, stop), start, edits))
+    rows = mixed_rows(view.name, view.shape, lambda start, stop: _replaced(view.rows(start, stop), start, edits), _terms(edits), combine, last)
     return replace(view, rows=rows)
 
 
-def _added(name: str, edits: Sequence[Bound], method: Combine) -> TensorView:
-    shape = edits[0].edit.shape
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        return _apply(np.empty((stop - start, 0), np.float32), start, edits, method)
-
-    return TensorView(name, shape, "F32", rows)
+def _added(name: str, edits: Sequence[Bound]) -> TensorView:
+    """A tensor that the base lacks: replacements only."""
+    return TensorView(name, edits[0].edit.shape, "F32", lambda start, stop: _apply(np.empty((stop - start, 0), np.float32), start, edits))
 
 
 def describe(plan: MergePlan) -> str:

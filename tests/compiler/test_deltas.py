@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import low_rank
-from compiler.deltas.combine import combine_named
+from compiler.deltas.combine import linear
 from compiler.deltas.load import load_delta
 from compiler.deltas.lora import scale_of
 from compiler.deltas.names import Names
@@ -342,9 +342,9 @@ def test_missing_folder_and_bad_weight(tmp_path: Path) -> None:
 
 
 def test_unknown_combine_names_the_known(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="combine: expected one of linear, found 'ties'; choose one of these methods"):
-        merged_view(base_of(LLAMA), [load_delta(write_adapter(tmp_path / "d", pair(Q, 6, 4)))], "ties")
-    assert combine_named("linear")(np.ones((1, 2), np.float32), [(2.0, np.ones((1, 2), np.float32))]).tolist() == [[3, 3]]
+    with pytest.raises(RecipeError, match=r"combine: expected one of linear, .*, found 'tise'; did you mean 'ties'"):
+        merged_view(base_of(LLAMA), [load_delta(write_adapter(tmp_path / "d", pair(Q, 6, 4)))], "tise")
+    assert linear(np.ones((1, 2), np.float32), [(2.0, np.ones((1, 2), np.float32))]).tolist() == [[3, 3]]
 
 
 def test_another_base_by_digest(tmp_path: Path) -> None:

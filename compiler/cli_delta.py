@@ -1,0 +1,88 @@
+"""`trimtab delta`: what a trained delta is, how two checkpoints differ, and a merge taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from compiler.cli_parts import AS_JSON, OUT, finish, print_json, progress
+
+
+@click.group("delta")
+def delta_group() -> None:
+    """Trained deltas: what one holds, how two checkpoints differ, and a merge taken back.
+
+    \b
+    Example:
+      trimtab delta inspect adapters/a
+    """
+
+
+@delta_group.command("inspect")
+@click.argument("path")
+@click.option("--base", help="The base; needed by kinds whose difference depends on it, and for norms relative to the base's.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="File (.svg, .png, .pdf) for the energy by layer.")
+@AS_JSON
+def inspect_command(path: str, base: str | None, picture: Path | None, as_json: bool) -> None:
+    """Show rank, norm and share of the energy of every tensor and layer that the delta in PATH touches.
+
+    \b
+    Example:
+      trimtab delta inspect adapters/a --base models/base --plot energy.svg
+    """
+    from compiler.delta_tools import inspect_delta
+
+    found = inspect_delta(path, base, picture)
+    if as_json:
+        print_json(found)
+        return
+    click.echo(f"{path}: {found['kind']}, {len(found['tensors'])} tensors, trained on {found['trained_on'] or 'a base it does not name'}")
+    click.echo(f"{'energy':>7s} {'norm':>10s} {'relative':>9s} {'rank':>5s}  tensor")
+    for row in found["tensors"]:
+        relative = "" if row["relative"] is None else f"{row['relative']:.2e}"
+        energy = "whole" if row["replaced"] else f"{row['energy']:.2%}"
+        rank = "" if row["rank"] is None else row["rank"]
+        click.echo(f"{energy:>7s} {row['norm']:10.4g} {relative:>9s} {rank!s:>5s}  {row['tensor']} {row['shape']}")
+    click.echo(f"{'energy':>7s} {'norm':>10s} {'tensors':>9s}        layer")
+    for row in found["layers"]:
+        click.echo(f"{row['energy']:7.2%} {row['norm']:10.4g} {row['tensors']:9d}        {row['layer']}")
+
+
+@delta_group.command("diff")
+@click.argument("old")
+@click.argument("new")
+@click.option("--error", type=click.FloatRange(0, 1), default=1e-5, show_default=True, help="What low rank may leave, relative to each difference's norm.")
+@click.option("--max-rank", type=click.IntRange(1), default=64, show_default=True, help="Largest rank to look for.")
+@click.option("--form", type=click.Choice(["lora", "sparse", "diff"]), help="Write this form; default: the smallest.")
+@OUT
+@AS_JSON
+def diff_command(old: str, new: str, error: float, max_rank: int, form: str | None, out: Path, as_json: bool) -> None:
+    """Write the smallest delta that turns OLD into NEW: LoRA, sparse or whole differences.
+
+    \b
+    Example:
+      trimtab delta diff models/base models/tuned --out adapters/tuned
+    """
+    from compiler.delta_tools import diff_checkpoints
+
+    finish(diff_checkpoints(old, new, out, error, max_rank, form, progress(as_json)), as_json)
+
+
+@delta_group.command("rollback")
+@click.argument("merged")
+@click.option("--record", type=click.Path(path_type=Path), help="The record of the merge; default: rollback.json in MERGED.")
+@click.option("--base", help="Where the base is now, for a record that refers to it; default: where the record says.")
+@OUT
+@AS_JSON
+def rollback_command(merged: str, record: Path | None, base: str | None, out: Path, as_json: bool) -> None:
+    """Write the base that MERGED was made from, every tensor bit for bit. Nothing is written when a digest differs.
+
+    \b
+    Example:
+      trimtab merge models/base --delta adapters/a --rollback --out merged
+      trimtab delta rollback merged --out base-again
+    """
+    from compiler.delta_tools import roll_back
+
+    finish(roll_back(merged, record, base, out, progress(as_json)), as_json)
