@@ -22,7 +22,7 @@ import numpy as np
 from compiler.checkpoints.view import Checkpoint
 from compiler.deltas.base import Delta, Edit, wrong_delta
 from compiler.deltas.bind import bind
-from compiler.deltas.names import Names
+from compiler.deltas.names import HEADS, Names
 from compiler.deltas.spectrum import spectrum
 
 MOST = 64
@@ -82,6 +82,10 @@ def _bound(delta: Delta, base: Checkpoint) -> Iterator[Row]:
     names = Names(base.tensors, str(base.config.get("model_type")))
     for name, edits in bind(base, names, [delta]).items():
         view = base.tensors.get(name)
+        if view is None and name in HEADS:  # the base ties it to its embedding: the same change, unless the delta was trained on one side only
+            if delta.tied:
+                continue
+            view = base.tensors.get(names.embedding() or "")
         for one in edits:
             if view is None:
                 yield name, one.edit, _alone_rows(one.edit), one.edit.shape, None

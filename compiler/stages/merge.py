@@ -125,9 +125,12 @@ def _replaced(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarr
 
 
 def _apply(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
-    """Replacements in turn, then the weighted sum of all differences."""
+    """Replacements in turn, then the weighted sum of all differences, each against the base alone."""
     block = _replaced(block, first, edits)
-    return linear(block, ((one.delta.weight, one.edit.change(first, block, one.transposed)) for one in edits if not one.edit.replaces))
+    changes = [one for one in edits if not one.edit.replaces]
+    # the sum is taken in its block, while later differences still have to read it
+    base = block.copy() if any(one.edit.reads_base for one in changes[1:]) else block
+    return linear(block, ((one.delta.weight, one.edit.change(first, base, one.transposed)) for one in changes))
 
 
 def _terms(edits: Sequence[Bound]) -> list[Term]:
