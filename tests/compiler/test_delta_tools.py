@@ -276,3 +276,60 @@ def test_peft_reads_what_diff_writes(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "delta")).merge_and_unload().state_dict()
     for name, tensor in model.state_dict().items():
         np.testing.assert_allclose(theirs[name].numpy(), tensor.numpy(), atol=1e-5)
+
+
+# kinds together
+
+
+def write_lora(folder: Path, dora: bool = False) -> str:
+    folder.mkdir()
+    rng, stem = np.random.default_rng(7), f"base_model.model.{Q.removesuffix('.weight')}"
+    tensors = {f"{stem}.lora_A.weight": rng.standard_normal((2, 32)).astype("<f4"), f"{stem}.lora_B.weight": rng.standard_normal((40, 2)).astype("<f4")}
+    if dora:
+        tensors[f"{stem}.lora_magnitude_vector"] = (np.linalg.norm(LLAMA[Q], axis=1) * 1.3).astype("<f4")
+    pytest.importorskip("safetensors.numpy").save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": dora}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "magnitude_prune"])
+def test_mixed_kinds_combine_and_come_back(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA, DoRA (which looks at the base) and sparse in one mixture: as whole arrays, by small blocks, merged and rolled back."""
+    from compiler.delta_tools import merge_reversibly, roll_back
+    from compiler.deltas import mix
+    from compiler.deltas.combine import combine_named
+
+    new = {**LLAMA, Q: LLAMA[Q].copy()}
+    new[Q].reshape(-1)[[3, 700]] += 1
+    old = save(tmp_path / "old", LLAMA)
+    diff(tmp_path, old, save(tmp_path / "new", new))
+    sources = [(write_lora(tmp_path / "lora"), 0.5), (write_lora(tmp_path / "dora", True), 0.8), (str(tmp_path / "delta"), 1.0)]
+    base, deltas = open_checkpoint(old), [load_delta(path, weight=weight) for path, weight in sources]
+    assert {delta.kind for delta in deltas} == {"lora", "dora", "sparse"}
+    alone = [merged_view(base, [load_delta(path)]).tensors[Q].read() - LLAMA[Q] for path, _ in sources]
+    combine, weights = combine_named(method), [weight for _, weight in sources]
+    density, seed, prune = combine.density or 1.0, combine.seed or 0, combine.row.prune
+    if prune == "magnitude":
+        cut = [np.sort(np.abs(one).reshape(-1))[-int(density * one.size)] for one in alone]
+        alone = [np.where(np.abs(one) >= least, one, 0) for one, least in zip(alone, cut, strict=True)]
+    if prune == "random":
+        stays = [mix.survivors((seed, Q, delta.digest), 0, one.size, density).reshape(one.shape) for one, delta in zip(alone, deltas, strict=True)]
+        alone = [np.where(keep, one / np.float32(density), 0) for one, keep in zip(alone, stays, strict=True)]
+    expected = LLAMA[Q] + (mix.elect(weights, alone) if combine.row.elect else mix.weighted_sum(weights, alone))
+    monkeypatch.setattr(mix, "GRID_BYTES", 5 * 4 * 32)
+    found = merged_view(base, deltas, combine).tensors[Q]
+    parts = np.concatenate([found.rows(start, min(start + 7, 40)) for start in range(0, 40, 7)])
+    wrong = ~np.isclose(parts, expected, rtol=1e-5, atol=1e-5)  # the differences of `alone` went through the base's rounding: a sign may fall the other way
+    assert wrong.mean() <= 0.005
+    merge_reversibly(old, sources, combine, None, tmp_path / "merged", "residual", QUIET)
+    roll_back(str(tmp_path / "merged"), None, None, tmp_path / "again", QUIET)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "old" / "model.safetensors").read_bytes()
+
+
+def test_kinds_that_depend_on_the_base_ask_for_it(tmp_path: Path) -> None:
+    old, path = save(tmp_path / "old", LLAMA), write_lora(tmp_path / "dora", True)
+    with pytest.raises(DeltaError, match="expected a base beside it, found none, and the difference of a dora delta depends on it; add --base BASE"):
+        inspect_delta(path, None, None)
+    (row,) = inspect_delta(path, old, None)["tensors"]
+    change = merged_view(open_checkpoint(old), [load_delta(path)]).tensors[Q].read() - LLAMA[Q]
+    assert row["norm"] == pytest.approx(np.linalg.norm(change), rel=1e-4)
