@@ -102,6 +102,12 @@ def test_plan_says_what_is_cached(trimtab, recipe, tmp_path):
     assert states["export"] == states["evaluate"] == "cached"
     changed = json.loads(trimtab("plan", path, "--set", "quantize.scheme=int4-g32", "--json")[1])[0]["steps"]
     assert {row["stage"]: row["state"] for row in changed}["export"] == "to do"
+    keys = set()
+    for combine in ("linear", "ties", "{method: ties, density: 0.3}", "dare_linear", "{method: dare_linear, seed: 1}"):
+        steps = json.loads(trimtab("plan", path, "--set", f"combine={combine}", "--json")[1])[0]["steps"]
+        keys.add(next(row["key"] for row in steps if row["stage"] == "export"))
+        assert ({row["stage"]: row["state"] for row in steps}["export"] == "cached") == (combine == "linear")
+    assert len(keys) == 5
 
 
 def test_fp32_bundle_has_no_divergence_worth_naming(trimtab, recipe, tmp_path):
