@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from compiler.deltas.spectrum import Spectrum, spectrum
 FORMAT = {"format": "trimtab-delta", "version": "1"}  # metadata of our own files, as compiler.deltas.sparse and diff read them
 LOOKUPS = (*EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight")  # 2-D, and no matrix product
 BLOCK_BYTES = 4 << 20
+FIRST_GUESS = 16
 Update = Callable[[str, int, int], None]
 Stored = tuple[str, str, tuple[int, ...], Callable[[], Iterable[bytes]]]  # name, dtype, shape, its bytes in pieces
 
@@ -121,11 +122,12 @@ def _measure(name: str, old: TensorView | None, new: TensorView, error: float, m
         return measured
     n, m = new.shape
     most = min(most, (n * m - 1) // (n + m))  # beyond it the tensor itself is smaller
-    found = spectrum(measured.rows, (n, m), most) if most else None
-    rank = found.rank_within(allowed, most) if found else None
-    if found is None or rank is None:
-        return measured
-    return Difference(name, old, new, changed, norm, allowed, rank, found.residual(rank) / norm if norm else 0.0)
+    for guess in sorted({min(most, FIRST_GUESS), most} - {0}):  # most adapters have a small rank, and a small sketch is quick
+        found = spectrum(measured.rows, (n, m), guess, allowed / norm)
+        rank = found.rank_within(allowed, guess)
+        if rank is not None:
+            return replace(measured, rank=rank, error=found.residual(rank) / norm)
+    return measured
 
 
 def _flat(view: TensorView, first: int, count: int) -> np.ndarray:
@@ -237,7 +239,7 @@ def _factors(one: Difference, input_first: bool) -> list[Stored]:
 
     def halves(last: bool) -> tuple[np.ndarray, np.ndarray]:
         if not held:
-            held.append(spectrum(one.rows, (one.new.shape[0], one.new.shape[1]), min(rank, *one.new.shape)))
+            held.append(spectrum(one.rows, (one.new.shape[0], one.new.shape[1]), rank, one.allowed / one.norm))
         found = held.pop() if last else held[0]
         root = np.sqrt(found.values[:rank])
         return found.left[:, :rank] * root, root[:, None] * found.right[:rank]

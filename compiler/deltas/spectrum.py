@@ -4,7 +4,7 @@
     Q = orth(Y)         [n, s]; D is close to Q Q^T D, and equal to it where rank D <= s
     Q^T D = U S V^T     so the triplets of D are (Q U, S, V)
 
-A second round with G = orth(D^T Q) follows where the first left more than rounding behind. Held: s (n + m) numbers and one
+A second round with G = orth(D^T Q) follows where the first left more behind than is `enough`. Held: s (n + m) numbers and one
 block, never the difference. All sums in float64.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 OVERSAMPLING = 8
 BLOCK_BYTES = 4 << 20
-ROUNDING = 1e-12  # share of the energy below which nothing is left to find
+ROUNDING = 1e-6  # share of the norm below which nothing is left to find
 
 Rows = Callable[[int, int], np.ndarray]
 
@@ -40,8 +40,8 @@ class Spectrum:
         return next((rank for rank in range(1, min(most, len(self.values)) + 1) if self.residual(rank) <= allowed), None)
 
 
-def spectrum(rows: Rows, shape: tuple[int, int], most: int, seed: int = 0) -> Spectrum:
-    """The leading `most` triplets of the matrix that `rows` reads. float32 [n, m] -> Spectrum."""
+def spectrum(rows: Rows, shape: tuple[int, int], most: int, enough: float = ROUNDING, seed: int = 0) -> Spectrum:
+    """The leading `most` triplets of the matrix that `rows` reads. float32 [n, m] -> Spectrum. enough: what may be left behind, relative to the norm."""
     count, width = shape
     size = min(count, width, most + OVERSAMPLING)
     if size == min(count, width):
@@ -50,7 +50,7 @@ def spectrum(rows: Rows, shape: tuple[int, int], most: int, seed: int = 0) -> Sp
         start = np.random.Generator(np.random.Philox(key=seed)).standard_normal((width, size))
     left = np.eye(count) if start is None else _orthonormal(_times(rows, shape, start))
     right, energy = _project(rows, shape, left)
-    if size < min(count, width) and energy - float(np.sum(right**2)) > ROUNDING * energy:
+    if size < min(count, width) and energy - float(np.sum(right**2)) > enough**2 * energy:
         left = _orthonormal(_times(rows, shape, _orthonormal(right.T)))
         right, energy = _project(rows, shape, left)
     u, values, v = np.linalg.svd(right, full_matrices=False)

@@ -106,7 +106,7 @@ def _alone_rows(edit: Edit) -> Rows:
 def _touched(name: str, edit: Edit, rows: Rows, shape: tuple[int, ...], old: Rows | None) -> Touched:
     replaced = edit.replaces and old is None
     if len(shape) == 2 and not replaced:
-        matrix = spectrum(rows, (shape[0], shape[1]), MOST)
+        matrix = spectrum(rows, (shape[0], shape[1]), MOST, PRECISION)
         rank = matrix.rank_within(PRECISION * math.sqrt(matrix.energy), MOST) if matrix.energy else 0
         norm = math.sqrt(matrix.energy)
     else:
