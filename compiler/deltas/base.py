@@ -40,7 +40,7 @@ class Edit:
     transposes  the base may hold it as [in, out] too (GPT-2's Conv1D)
     flipped     it was trained on such a tensor (`fan_in_fan_out`): decides for square weights
     replaces    the rows stand in place of the base's instead of being added; `change` then returns them, whatever base rows it is shown
-    may_add     the base may lack the parameter (a classification head)
+    may_add     the base may lack the parameter (a classification head): it is then added, as a replacement of nothing
     optional    where the base lacks the parameter there is nothing to change (IA3 scales a bias where there is one)
     """
 

@@ -61,7 +61,7 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
         if name is None and edit.optional:
             continue
         if name is None:
-            yield edit.target, Bound(delta, edit, False)
+            yield edit.target, Bound(delta, replace(edit, replaces=True), False)  # there is nothing to take a difference against
             continue
         shape = _tensor(base, names, name).shape
         transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
@@ -139,8 +139,8 @@ def _check_replacements(bound: Mapping[str, Sequence[Bound]]) -> None:
         replacing = [one for one in edits if one.edit.replaces]
         for one in replacing:
             if one.delta.weight != 1.0:
-                remedy = "give this delta weight 1.0, or leave the module out of modules_to_save"
-                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced whole", f"{one.delta.weight}", remedy)
+                remedy = "give this delta weight 1.0, or leave the module out of it (PEFT: modules_to_save)"
+                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced or added whole", f"{one.delta.weight}", remedy)
         if len(replacing) > 1:
             origins = " and ".join(one.delta.origin for one in replacing)
             raise wrong_delta(name, "one delta that replaces it", origins, "keep the module in one of these deltas")

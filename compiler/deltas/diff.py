@@ -3,7 +3,8 @@
     difference = other - base           per tensor; a checkpoint folder, a .gguf file
     difference = as stored              a safetensors file with the metadata of `sparse`'s format and kind `diff`; no `shapes`
 
-A checkpoint is a delta of every float tensor it holds; integers (position ids) are left as they are in the base.
+A checkpoint is a delta of every float tensor it holds; integers (position ids) are left as they are in the base. A
+classification head that the base lacks is added, at weight 1 only, with its labels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import Change, Delta, Edit, wrong_delta
 from compiler.deltas.names import HEADS, Names
 from compiler.deltas.peft import check_finite
+
+HEAD_PARTS = re.compile(r"(.+\.)?(classifier|score|pre_classifier|pooler|qa_outputs)(\.dense|\.out_proj)?\.(weight|bias)")
+TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
 
 def load_diff(path: Path, origin: str, weight: float, metadata: Mapping[str, str], tensors: Mapping[str, TensorView]) -> Delta:
@@ -48,7 +52,11 @@ def checkpoint_delta(other: Checkpoint, origin: str, weight: float) -> Delta:
         raise wrong_delta(origin, "a checkpoint with float tensors", "none", "name the folder of the trained model")
     check_finite(origin, floats.values())
     tied = bool(other.config.get("tie_word_embeddings", not any(name in floats for name in HEADS)))
-    edits = [Edit(name, view.shape, _against(view), reads_base=True) for name, view in floats.items() if not (tied and name in HEADS)]
+    edits = [
+        Edit(name, view.shape, _against(view), reads_base=True, may_add=bool(HEAD_PARTS.fullmatch(name)))
+        for name, view in floats.items()
+        if not (tied and name in HEADS)
+    ]
     head = _tied_head(other) if tied else None
     return Delta(
         kind="diff",
@@ -56,6 +64,8 @@ def checkpoint_delta(other: Checkpoint, origin: str, weight: float) -> Delta:
         weight=weight,
         edits=(*edits, head) if head else tuple(edits),
         digest_of=lambda: other.digest,
+        labels={int(key): str(label) for key, label in (other.config.get("id2label") or {}).items() if str(key).isdigit()},
+        task=next((task for name in other.config.get("architectures") or () for suffix, task in TASKS.items() if str(name).endswith(suffix)), ""),
         every_layer=True,
         tied=tied,
     )
@@ -75,8 +85,10 @@ def _stored(view: TensorView) -> Change:
 
 
 def _against(view: TensorView) -> Change:
+    """The rows minus the base's; of a tensor that the base lacks, the rows: bound as a replacement, it is shown rows without columns."""
+
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
         rows = view.rows(first, first + len(base))
-        return np.subtract(rows, base, out=rows)
+        return np.subtract(rows, base, out=rows) if base.shape == rows.shape else rows
 
     return change

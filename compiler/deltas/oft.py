@@ -17,6 +17,7 @@ Both rotate inside a row, so a block of rows needs no other. PEFT writes neither
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from compiler.checkpoints.view import TensorView
 from compiler.deltas.base import ANY, Change, Delta, Edit, wrong_delta
 from compiler.deltas.peft import Adapter, Parts, make_delta, misfit, modules_of, need
 
+Rotation = Callable[[TensorView], np.ndarray]  # stored factors -> Q float32 [blocks, b, b]
+
 SINCE = (0, 18)  # PEFT changed the Cayley-Neumann series in this version
 
 
@@ -32,13 +35,15 @@ def load_oft(adapter: Adapter) -> Delta:
     """A PEFT OFT adapter. Raises DeltaError: adapters of PEFT before 0.18 that use the series, parts of another form."""
     _refuse_old(adapter)
     modules, rest = modules_of(adapter, ("oft_R", "oft_embedding_R"), "oft_")
-    return make_delta(adapter, "oft", [_oft_edit(adapter, module, parts) for module, parts in modules.items()], modules, rest)
+    rotation: Rotation = lru_cache(maxsize=1)(lambda stored: _oft_rotation(stored.read(), adapter.config))  # of the tensor at hand
+    return make_delta(adapter, "oft", [_oft_edit(adapter, module, parts, rotation) for module, parts in modules.items()], modules, rest)
 
 
 def load_boft(adapter: Adapter) -> Delta:
     """A PEFT BOFT adapter of one butterfly factor. Raises DeltaError: more factors, parts that do not fit together."""
     modules, rest = modules_of(adapter, ("boft_R", "boft_s"), "boft_")
-    return make_delta(adapter, "boft", [_boft_edit(adapter, module, parts) for module, parts in modules.items()], modules, rest)
+    rotation: Rotation = lru_cache(maxsize=1)(lambda stored: _boft_rotation(stored.read()))
+    return make_delta(adapter, "boft", [_boft_edit(adapter, module, parts, rotation) for module, parts in modules.items()], modules, rest)
 
 
 def _refuse_old(adapter: Adapter) -> None:
@@ -49,23 +54,20 @@ def _refuse_old(adapter: Adapter) -> None:
         raise wrong_delta(adapter.origin, "OFT as PEFT writes it since 0.18", found, "train it again: the series of use_cayley_neumann was another one")
 
 
-def _oft_edit(adapter: Adapter, module: str, parts: Parts) -> Edit:
+def _oft_edit(adapter: Adapter, module: str, parts: Parts, rotation: Rotation) -> Edit:
     place = adapter.place(module)
     embedding = "oft_embedding_R" in parts
     (stored,) = need(place, parts, "oft_embedding_R" if embedding else "oft_R")
-    size = round((1 + (1 + 8 * stored.shape[-1]) ** 0.5) / 2)
+    size = _block_size(stored.shape[-1])
     if len(stored.shape) != 2 or size * (size - 1) // 2 != stored.shape[1]:
         raise misfit(place, "oft_R of shape [blocks, b (b - 1) / 2]", parts)
     shared = bool(adapter.config.get("block_share"))
     inputs = ANY if shared else stored.shape[0] * size
 
-    def blocks() -> np.ndarray:
-        return _oft_rotation(stored.read(), size, adapter.config)
-
-    return _rotating(f"{module}.weight", (ANY, inputs), blocks, size, place, turned=embedding)
+    return _rotating(f"{module}.weight", (ANY, inputs), lambda: rotation(stored), size, place, turned=embedding)
 
 
-def _boft_edit(adapter: Adapter, module: str, parts: Parts) -> Edit:
+def _boft_edit(adapter: Adapter, module: str, parts: Parts, rotation: Rotation) -> Edit:
     place = adapter.place(module)
     stored, scale = need(place, parts, "boft_R", "boft_s")
     if len(stored.shape) == 4 and stored.shape[0] != 1:
@@ -74,12 +76,7 @@ def _boft_edit(adapter: Adapter, module: str, parts: Parts) -> Edit:
     if len(stored.shape) != 4 or stored.shape[2] != stored.shape[3] or len(scale.shape) != 2 or scale.shape[1] != 1:
         raise misfit(place, "boft_R [1, blocks, b, b] and boft_s [out, 1]", parts)
     count, size = stored.shape[1:3]
-
-    def blocks() -> np.ndarray:
-        factors = stored.read()[0].astype(np.float64)
-        return _cayley((factors - factors.swapaxes(1, 2)) / 2)
-
-    return _rotating(f"{module}.weight", (scale.shape[0], count * size), blocks, size, place, scale=scale)
+    return _rotating(f"{module}.weight", (scale.shape[0], count * size), lambda: rotation(stored), size, place, scale=scale)
 
 
 def _rotating(
@@ -104,8 +101,20 @@ def _rotating(
     return Edit(target, shape, change, reads_base=True, prepare=prepare)
 
 
-def _oft_rotation(stored: np.ndarray, size: int, config: Mapping[str, Any]) -> np.ndarray:
+def _block_size(entries: int) -> int:
+    """b for which b (b - 1) / 2 is nearest to the number of entries: 6 -> 4."""
+    return round((1 + (1 + 8 * entries) ** 0.5) / 2)
+
+
+def _boft_rotation(stored: np.ndarray) -> np.ndarray:
+    """boft_R [1, blocks, b, b] -> Q float32 [blocks, b, b]."""
+    factors = stored[0].astype(np.float64)
+    return _cayley((factors - factors.swapaxes(1, 2)) / 2)
+
+
+def _oft_rotation(stored: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     """oft_R.weight [blocks, b (b - 1) / 2] -> Q float32 [blocks, b, b]."""
+    size = _block_size(stored.shape[1])
     skew = np.zeros((len(stored), size, size))
     upper = np.triu_indices(size, 1)
     skew[:, upper[0], upper[1]] = stored

@@ -312,7 +312,9 @@ def test_refused_by_name(case: str, tmp_path: Path) -> None:
 
 def test_replaced_modules_need_weight_one(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "d", {**pair(Q, 6, 4), f"{ROOT}model.norm.weight": f32(4)}, modules_to_save=["norm"])
-    with pytest.raises(DeltaError, match=r"model.norm.weight: expected weight 1.0 for a module that is replaced whole, found 0.5; give this delta weight 1.0"):
+    with pytest.raises(
+        DeltaError, match=r"model.norm.weight: expected weight 1.0 for a module that is replaced or added whole, found 0.5; give this delta weight 1.0"
+    ):
         merged_view(base_of(LLAMA), [load_delta(source, weight=0.5)])
     with pytest.raises(DeltaError, match=r"model.norm.weight: expected one delta that replaces it, found .* and .*; keep the module in one"):
         merged_view(base_of(LLAMA), [load_delta(source), load_delta(source)])

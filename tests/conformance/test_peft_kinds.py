@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from compiler.checkpoints.resolve import open_checkpoint  # noqa: E402
+from compiler.checkpoints.write import write_checkpoint  # noqa: E402
 from compiler.deltas.load import load_delta  # noqa: E402
 from compiler.errors import DeltaError  # noqa: E402
 from compiler.stages.merge import merged_view  # noqa: E402
@@ -53,19 +54,25 @@ BERT_LINEAR = ["query", "value", "dense"]
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {"llama": (llama, LLAMA_LINEAR), "gpt2": (gpt2, GPT2_CONV), "bert": (bert, BERT_LINEAR)}
 
 
-def randomize(model: Any, seed: int = 3) -> None:
-    """Every trainable tensor random, biases of the base too, so that nothing hides behind a zero."""
+def randomize(parameters: Iterable[Any], seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or name.endswith(".bias"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def adapted(model: Any, config: Any, folder: Path, seed: int = 3) -> Any:
+    """The PEFT model, every trained parameter random, saved in `folder`."""
+    wrapped = peft.get_peft_model(model, config).eval()
+    randomize((parameter for parameter in wrapped.parameters() if parameter.requires_grad), seed)
+    wrapped.save_pretrained(str(folder))
+    return wrapped
 
 
 def base_model(name: str) -> Any:
+    """Biases random too, so that nothing hides behind a zero."""
     model = MODELS[name][0]()
-    model.requires_grad_(False)
-    randomize(model, seed=11)
+    randomize((parameter for key, parameter in model.named_parameters() if key.endswith(".bias")), seed=11)
     return model
 
 
@@ -73,14 +80,7 @@ def train(name: str, config: Any, folder: Path, seed: int = 3) -> Any:
     """(base saved in folder/base, adapter in folder/delta) -> the PEFT model."""
     model = base_model(name)
     model.save_pretrained(str(folder / "base"))
-    wrapped = peft.get_peft_model(model, config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    wrapped.save_pretrained(str(folder / "delta"))
-    return wrapped
+    return adapted(model, config, folder / "delta", seed)
 
 
 def ours(folder: Path, weight: float = 1.0) -> Any:
@@ -103,6 +103,7 @@ def config_of(kind: str, model: str, **extra: Any) -> Any:
     targets = MODELS[model][1]
     conv = {"fan_in_fan_out": True} if model == "gpt2" else {}
     rows: dict[str, Callable[[], Any]] = {
+        "lora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **conv, **extra}),
         "dora": lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": targets, **conv, **extra}),
         "adalora": lambda: peft.AdaLoraConfig(**{"init_r": 5, "lora_alpha": 8, "total_step": 10, "target_modules": targets, **conv, **extra}),
         "loha": lambda: peft.LoHaConfig(**{"r": 4, "alpha": 6, "target_modules": targets, **extra}),
@@ -119,6 +120,8 @@ def config_of(kind: str, model: str, **extra: Any) -> Any:
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"{kind} {model}": (kind, model, {}) for kind in ("dora", "adalora", "ia3", "vera") for model in MODELS},
     **{f"{kind} {model}": (kind, model, {}) for kind in ("loha", "lokr", "oft", "boft", "shira") for model in ("llama", "bert")},  # not for Conv1D in PEFT
+    "lora mica": ("lora", "llama", {"init_lora_weights": "mica"}),
+    "lora orthogonal": ("lora", "llama", {"init_lora_weights": "orthogonal"}),
     "dora rslora and patterns": ("dora", "llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}),
     "dora gpt2, flag forgotten": ("dora", "gpt2", {"fan_in_fan_out": False}),
     "dora embedding": ("dora", "llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
@@ -164,11 +167,8 @@ def prune(wrapped: Any, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(str(folder / "base")), str(folder / "delta"))
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "oft"])
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind, model", [("dora", "llama"), ("dora", "gpt2"), ("ia3", "llama"), ("ia3", "gpt2"), ("oft", "llama"), ("lokr", "bert")])
 def test_blocks_of_rows_are_rows_of_the_whole(kind: str, model: str, tmp_path: Path) -> None:
-    if kind == "oft" and model == "gpt2":
-        pytest.skip("PEFT has no OFT for Conv1D")
     train(model, config_of(kind, model), tmp_path)
     for view in ours(tmp_path).tensors.values():
         blocks = np.concatenate([block for _, block in view.blocks(400)])
@@ -201,6 +201,52 @@ def test_a_checkpoint_is_a_delta(name: str, tmp_path: Path) -> None:
         limit = 1e-6 * max(float(np.abs(expected).max()), 1.0)
         np.testing.assert_allclose(whole.tensors[key].read(), expected, rtol=0, atol=limit)
         np.testing.assert_allclose(half.tensors[key].read(), (expected + base.tensors[key].read()) / 2, rtol=0, atol=limit)
+
+
+def logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits.numpy())
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "oft"])
+def test_a_head_that_the_base_lacks(kind: str, tmp_path: Path) -> None:
+    base_model("bert").save_pretrained(str(tmp_path / "base"))
+    torch.manual_seed(4)
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "base"), num_labels=5)
+    wrapped = adapted(trained, config_of(kind, "bert", task_type="SEQ_CLS"), tmp_path / "delta")
+    write_checkpoint(ours(tmp_path), tmp_path / "out")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "out")).eval()
+    assert again.config.num_labels == 5
+    np.testing.assert_allclose(logits(again), logits(wrapped), atol=1e-5)
+
+
+@pytest.mark.parametrize("auto, labels", [("AutoModelForSequenceClassification", 5), ("AutoModelForTokenClassification", 7)])
+def test_a_checkpoint_with_a_head_that_the_base_lacks(auto: str, labels: int, tmp_path: Path) -> None:
+    base_model("bert").save_pretrained(str(tmp_path / "base"))
+    torch.manual_seed(4)
+    trained = getattr(transformers, auto).from_pretrained(str(tmp_path / "base"), num_labels=labels).eval()
+    trained.config.id2label = {number: f"name {number}" for number in range(labels)}
+    randomize(trained.parameters())
+    trained.save_pretrained(str(tmp_path / "delta"))
+    write_checkpoint(ours(tmp_path), tmp_path / "out")
+    again = getattr(transformers, auto).from_pretrained(str(tmp_path / "out")).eval()
+    assert again.config.id2label == trained.config.id2label
+    np.testing.assert_allclose(logits(again), logits(trained), atol=1e-5)
+    with pytest.raises(DeltaError, match=r"expected weight 1.0 for a module that is replaced or added whole, found 0.5"):
+        ours(tmp_path, weight=0.5)
+
+
+@pytest.mark.parametrize("kind, targets", [("dora", ["lm_head"]), ("dora", ["embed_tokens"]), ("oft", ["embed_tokens"]), ("ia3", ["lm_head"])])
+def test_tied_model_computes_what_the_adapter_computed(kind: str, targets: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)).eval()
+    model.save_pretrained(str(tmp_path / "base"))
+    options = {"feedforward_modules": []} if kind == "ia3" else {}
+    wrapped = adapted(model, config_of(kind, "llama", target_modules=targets, **options), tmp_path / "delta")
+    write_checkpoint(ours(tmp_path), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out")).eval()
+    assert again.config.tie_word_embeddings is False
+    np.testing.assert_allclose(logits(again), logits(wrapped), atol=1e-5)
 
 
 # guards
