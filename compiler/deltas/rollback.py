@@ -49,14 +49,14 @@ def encode(base: bytes, merged: bytes | None, item: int) -> tuple[str, bytes]:
     if merged is None:
         return "words", _deflate(words)
     change = words ^ np.frombuffer(merged, words.dtype)
-    places = np.flatnonzero(change)
-    if not len(places):
+    size = (4 + item) * int(np.count_nonzero(change))  # of the sparse form
+    if not size:
         return "same", b""
-    sparse = places.astype("<u4").tobytes() + change[places].tobytes()
-    if 16 * len(sparse) < len(base):  # deflate would spend its time on zeros for little
-        return "sparse", sparse
-    dense = _deflate(change)
-    return ("sparse", sparse) if len(sparse) <= len(dense) else ("xor", dense)
+    dense = _deflate(change) if 16 * size >= len(base) else None  # below, deflate would spend its time on zeros for little
+    if dense is not None and len(dense) < size:
+        return "xor", dense
+    places = np.flatnonzero(change)
+    return "sparse", places.astype("<u4").tobytes() + change[places].tobytes()
 
 
 def decode(form: str, payload: bytes, merged: bytes | None, item: int, count: int) -> bytes:
@@ -86,7 +86,8 @@ def _deflate(words: np.ndarray) -> bytes:
     """
     planes = np.ascontiguousarray(words.view(np.uint8).reshape(-1, words.itemsize).T)
     plain = next((number for number, plane in enumerate(planes) if _entropy_bits(plane) < NOISE_BITS), len(planes))
-    return bytes([plain]) + planes[:plain].tobytes() + zlib.compress(planes[plain:].tobytes(), 1)
+    pack = zlib.compressobj(1, strategy=zlib.Z_RLE)  # runs of zeros and the code of single bytes are all there is: smaller and faster than matching
+    return bytes([plain]) + planes[:plain].tobytes() + pack.compress(planes[plain:].tobytes()) + pack.flush()
 
 
 def _entropy_bits(plane: np.ndarray) -> float:
