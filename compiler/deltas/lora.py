@@ -20,6 +20,7 @@ import numpy as np
 from compiler.checkpoints.view import TensorView
 from compiler.deltas.base import Change, Delta, Edit, low_rank, wrong_delta
 from compiler.deltas.dora import dora_edit
+from compiler.deltas.names import HEADS
 from compiler.deltas.peft import Adapter, Parts, Whole, by_pattern, check_rank, make_delta, modules_of, need
 
 PARTS = ("lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -124,6 +125,10 @@ def _edits(adapter: Adapter, factors: Factors) -> list[Edit]:
         shape = (factors.b.shape[0], factors.a.shape[1])
         weight = Edit(target, shape, change, transposes=True, flipped=bool(adapter.config.get("fan_in_fan_out")))
     if factors.magnitude is not None:
+        if adapter.config.get("ensure_weight_tying") and (factors.embedding or target.endswith(HEADS)):
+            # the embedding's norms run down the columns, the head's along the rows: no one tensor is both
+            found = f"{factors.module}, with ensure_weight_tying"
+            raise wrong_delta(adapter.origin, "DoRA on layers other than a tied embedding or head", found, "leave these modules out of target_modules")
         weight = dora_edit(weight, factors.magnitude, place, by_columns=factors.embedding)
     if factors.bias is None:
         return [weight]

@@ -288,6 +288,11 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
         r"expected a lora_magnitude_vector of shape \[6\], found \[5\]",
     ),
     "dora with lora_bias": (pair(Q, 6, 4), {"use_dora": True, "lora_bias": True}, "expected DoRA without lora_bias"),
+    "dora on a tied head": (
+        {**pair("lm_head", 6, 4), f"{ROOT}lm_head.lora_magnitude_vector": f32(6)},
+        {"use_dora": True, "ensure_weight_tying": True},
+        "expected DoRA on layers other than a tied embedding or head, found lm_head, with ensure_weight_tying; leave these modules out",
+    ),
     "qalora": (pair(Q, 6, 4), {"use_qalora": True}, "expected a plain LoRA, found QALoRA: use_qalora is set; merge this adapter with PEFT"),
     "trainable tokens": (pair(Q, 6, 4), {"trainable_token_indices": [1]}, "trainable tokens: trainable_token_indices is set"),
     "activated": (pair(Q, 6, 4), {"alora_invocation_tokens": [1]}, "activated LoRA"),
