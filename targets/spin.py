@@ -48,8 +48,7 @@ class Spin:
         return min(self.once_ms() for _ in range(REPEATS))
 
     def calibrate(self, between: Callable[[], object] | None = None, count: int = CALIBRATIONS) -> float:
-        """Set the baseline: the median of `count` readings, each after `between()`, the work that will stand between readings later.
-        """
+        """Set the baseline: the median of `count` readings, each after `between()`, the work that will stand between readings later."""
         readings = []
         for _ in range(count):
             if between is not None:
