@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.graph.nodes import MICROSOFT, GraphBuilder
-from compiler.graph.rope import Rope
 from compiler.graph.spec import DecoderSpec
 
 FUSED_STEP = 16  # widths that GroupQueryAttention rotates itself are multiples of this
