@@ -1,7 +1,9 @@
 """`Delta` and `Edit`: a trained change of a model, tensor by tensor, row block by row block.
 
-A kind of delta (LoRA, later DoRA, LoKr, sparse, diff ...) is one file that turns stored factors into edits. An edit never
-needs its whole tensor: it is asked for the change of rows it is shown, so a merge holds one block at a time.
+A kind of delta (LoRA, DoRA, LoKr, sparse, diff ...) is one file that turns stored factors into edits. An edit is asked for
+the change of the rows it is shown, so a merge holds one block at a time. A kind that multiplies (DoRA, IA3, OFT) gives
+f(W) - W: its difference reads the base's rows, and is always taken against the base alone, never against what other deltas
+made of it, so the order of several deltas does not matter and a weighted sum of them means something.
 """
 
 from __future__ import annotations
@@ -12,10 +14,15 @@ from functools import cached_property
 
 import numpy as np
 
+from compiler.checkpoints.view import TensorView
 from compiler.errors import DeltaError
 
 # (first row, base rows float32 [n, ...], is the tensor stored transposed) -> difference at weight 1, float32 [n, ...]
 Change = Callable[[int, np.ndarray, bool], np.ndarray]
+# (the base's whole tensor, is it stored transposed) -> the change to use on it
+Prepare = Callable[[TensorView, bool], Change]
+
+ANY = -1  # a dimension that the delta's file does not tell
 
 ONE_THREAD = 1 << 18  # multiply-adds up to which OpenBLAS stays on the calling thread
 TILE_COLUMNS = 1024
@@ -27,11 +34,14 @@ class Edit:
     """The change of one parameter.
 
     target      the parameter as the delta spells it: the trained model's own name
-    shape       the shape it was trained on: [out, in] for a linear weight
+    shape       the shape it was trained on: [out, in] for a linear weight; ANY where its file does not tell
+    prepare     called once when the edit is bound, for a kind that reads or checks more of the base than the rows it is shown
+    reads_base  the change depends on the base's rows, not only on how many there are
     transposes  the base may hold it as [in, out] too (GPT-2's Conv1D)
     flipped     it was trained on such a tensor (`fan_in_fan_out`): decides for square weights
     replaces    the rows stand in place of the base's instead of being added; `change` then returns them, whatever base rows it is shown
-    may_add     the base may lack the parameter (a classification head)
+    may_add     the base may lack the parameter (a classification head): it is then added, as a replacement of nothing
+    optional    where the base lacks the parameter there is nothing to change (IA3 scales a bias where there is one)
     """
 
     target: str
@@ -41,11 +51,14 @@ class Edit:
     flipped: bool = False
     replaces: bool = False
     may_add: bool = False
+    optional: bool = False
+    reads_base: bool = False
+    prepare: Prepare | None = field(default=None, repr=False)
 
     def layout(self, shape: tuple[int, ...]) -> bool | None:
         """Is a base tensor of this shape transposed? None when it does not fit. (4, 3) trained, (3, 4) in the base -> True."""
-        turned = self.transposes and shape == self.shape[::-1]
-        if shape == self.shape:
+        turned = self.transposes and _fits(self.shape[::-1], shape)
+        if _fits(self.shape, shape):
             return self.flipped and turned
         return True if turned else None
 
@@ -54,7 +67,7 @@ class Edit:
 class Delta:
     """One trained change, read lazily.
 
-    kind          lora, ...
+    kind          lora, dora, loha, sparse, diff, ...
     origin        what the user named, for messages and lineage
     weight        factor on every difference
     edits         in the order they apply: replacements first
@@ -95,6 +108,10 @@ class Delta:
                 change = edit.change(first_row, block, edit.flipped)
                 block = change if edit.replaces else block + np.float32(self.weight) * change
         return block
+
+
+def _fits(trained: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(trained) == len(shape) and all(one in (ANY, other) for one, other in zip(trained, shape, strict=True))
 
 
 def low_rank(left: np.ndarray, right: np.ndarray) -> np.ndarray:

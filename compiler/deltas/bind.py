@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compiler.checkpoints.view import Checkpoint
-from compiler.deltas.base import Delta, Edit, wrong_delta
+import numpy as np
+
+from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.deltas.base import ANY, Delta, Edit, wrong_delta
 from compiler.deltas.names import HEADS, STORED_INPUT_FIRST, Names
 from compiler.errors import DeltaError
 
@@ -38,7 +40,7 @@ def bind(base: Checkpoint, names: Names, deltas: Sequence[Delta]) -> dict[str, l
         for name, one in edits:
             bound.setdefault(name, []).append(one)
     _check_replacements(bound)
-    return bound
+    return {name: _prepared(base, names, name, edits) for name, edits in bound.items()}
 
 
 def _check_digest(base: Checkpoint, delta: Delta) -> None:
@@ -49,22 +51,24 @@ def _check_digest(base: Checkpoint, delta: Delta) -> None:
 def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, Bound]]:
     """(base name, edit) of every edit of one delta, the misfits refused first, all together."""
     found = {target: _find(base, names, target) for target in delta.names}
-    may_add = {edit.target for edit in delta.edits if edit.may_add}
+    may_add = {edit.target for edit in delta.edits if edit.may_add or edit.optional}
     lost = [target for target, name in found.items() if name is None and target not in may_add]
     if lost:
         raise _unmatched(base, names, delta, lost, len(found))
     input_first = base.config.get("model_type") in STORED_INPUT_FIRST
     for edit in delta.edits:
         name = found[edit.target]
-        if name is None:
-            yield edit.target, Bound(delta, edit, False)
+        if name is None and edit.optional:
             continue
-        shape = _shape(base, names, name)
+        if name is None:
+            yield edit.target, Bound(delta, replace(edit, replaces=True), False)  # there is nothing to take a difference against
+            continue
+        shape = _tensor(base, names, name).shape
         transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
         if transposed is None:
             raise wrong_delta(
                 f"{delta.origin}: {edit.target}",
-                f"a base tensor of shape {list(edit.shape)}",
+                f"a base tensor of shape [{', '.join('any' if size == ANY else str(size) for size in edit.shape)}]",
                 f"{list(shape)} in {base.origin}: the adapter is for another base",
                 _trained_on(delta),
             )
@@ -79,8 +83,23 @@ def _find(base: Checkpoint, names: Names, target: str) -> str | None:
     return name
 
 
-def _shape(base: Checkpoint, names: Names, name: str) -> tuple[int, ...]:
-    return base.tensors[name if name in base.tensors else str(names.embedding())].shape
+def _tensor(base: Checkpoint, names: Names, name: str) -> TensorView:
+    return base.tensors[name if name in base.tensors else str(names.embedding())]
+
+
+def _prepared(base: Checkpoint, names: Names, name: str, edits: Sequence[Bound]) -> list[Bound]:
+    """The edits of one tensor, those that ask for it given the tensor they will change: the base's, or what replaces it."""
+    if not any(one.edit.prepare for one in edits):
+        return list(edits)
+    tensor = _tensor(base, names, name)
+    for one in edits:
+        if one.edit.replaces:
+            tensor = replace(tensor, rows=_replacing(one.edit))
+    return [replace(one, edit=replace(one.edit, change=one.edit.prepare(tensor, one.transposed))) if one.edit.prepare else one for one in edits]
+
+
+def _replacing(edit: Edit) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: edit.change(start, np.empty((stop - start, 0), np.float32), False)
 
 
 def _trained_on(delta: Delta) -> str:
@@ -120,8 +139,8 @@ def _check_replacements(bound: Mapping[str, Sequence[Bound]]) -> None:
         replacing = [one for one in edits if one.edit.replaces]
         for one in replacing:
             if one.delta.weight != 1.0:
-                remedy = "give this delta weight 1.0, or leave the module out of modules_to_save"
-                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced whole", f"{one.delta.weight}", remedy)
+                remedy = "give this delta weight 1.0, or leave the module out of it (PEFT: modules_to_save)"
+                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced or added whole", f"{one.delta.weight}", remedy)
         if len(replacing) > 1:
             origins = " and ".join(one.delta.origin for one in replacing)
             raise wrong_delta(name, "one delta that replaces it", origins, "keep the module in one of these deltas")

@@ -5,33 +5,28 @@
     embedding: s * (B A)^T      A [r, vocabulary], B [dim, r], weight [vocabulary, dim]
 
 rank_pattern and alpha_pattern give a module its own r and alpha: the first pattern p for which `(.*\\.)?(p)$` matches the
-module's name. modules_to_save, trained biases and saved embeddings are whole tensors that replace the base's.
+module's name. modules_to_save, trained biases and saved embeddings are whole tensors that replace the base's. An adapter
+with `use_dora` holds a magnitude beside each pair: see `dora`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compiler.checkpoints.files import sha256_file, sha256_parts
 from compiler.checkpoints.view import TensorView
 from compiler.deltas.base import Change, Delta, Edit, low_rank, wrong_delta
+from compiler.deltas.dora import dora_edit
+from compiler.deltas.names import HEADS
+from compiler.deltas.peft import Adapter, Parts, Whole, by_pattern, check_rank, make_delta, modules_of, need
 
-Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last few
-
-PREFIX = "base_model.model."
-FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")  # the last one, where it is there, names a head's labels
-FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?P<kind>\.weight|\.bias)?")
+PARTS = ("lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 # A field of adapter_config.json that changes the mathematics, and what it stands for
 NOT_BUILT: Mapping[str, str] = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "kasa_config": "KaSA",
@@ -48,158 +43,106 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Factors:
-    """The stored halves of one module. module: its name in the trained model."""
+    """The stored halves of one module. module: its name in the trained model. magnitude: DoRA's, None for LoRA."""
 
     module: str
     embedding: bool
     a: TensorView
     b: TensorView
     bias: TensorView | None = None
+    magnitude: TensorView | None = None
 
 
-def load_lora(folder: Path, origin: str, weight: float, config: Mapping[str, Any], tensors: Mapping[str, TensorView]) -> Delta:
-    """A PEFT LoRA adapter. Raises DeltaError: variants not built, half a pair, rank 0, factors that do not fit together, NaN or infinity."""
-    _refuse_variants(origin, config)
-    _check_finite(origin, tensors.values())
-    whole: Whole = lru_cache(maxsize=2)(TensorView.read)  # the two factors of the tensor at hand: more would let memory grow with the model
-    factors, rest = _pairs(origin, tensors)
-    replaced = [_replacement(origin, name, view, config, factors) for name, view in rest.items()]
-    added = [edit for one in factors.values() for edit in _edits(origin, one, config, whole)]
-    if not added and not replaced:
-        raise wrong_delta(origin, "LoRA factors", "none: the file holds no tensors", "train the adapter, or gather sharded weights before saving it")
-    files = [path for name in FILES if (path := folder / name).is_file()]
-    return Delta(
-        kind="lora",
-        origin=origin,
-        weight=weight,
-        edits=(*replaced, *added),
-        digest_of=lambda: sha256_parts({path.name: sha256_file(path) for path in files}),
-        base_name=str(config.get("base_model_name_or_path") or ""),
-        task=str(config.get("task_type") or ""),
-        every_layer=_adapts_every_layer(config),
-        tied=bool(config.get("ensure_weight_tying")),
-    )
+def load_lora(adapter: Adapter) -> Delta:
+    """A PEFT LoRA adapter. Raises DeltaError: variants not built, half a pair, rank 0, factors that do not fit together."""
+    refuse_variants(adapter.origin, adapter.config)
+    modules, rest = modules_of(adapter, PARTS, "lora_")
+    factors = [_factors(adapter, module, parts) for module, parts in modules.items()]
+    edits = [edit for one in factors for edit in _edits(adapter, one)]
+    return make_delta(adapter, "dora" if adapter.config.get("use_dora") else "lora", edits, modules, rest)
 
 
-def _adapts_every_layer(config: Mapping[str, Any]) -> bool:
-    """target_modules is a list of names without layer numbers, and nothing else picks layers."""
-    modules = config.get("target_modules")
-    if not isinstance(modules, list) or not modules or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
-        return False
-    return not any(part.isdigit() for module in modules for part in str(module).split("."))
-
-
-def _refuse_variants(origin: str, config: Mapping[str, Any]) -> None:
+def refuse_variants(origin: str, config: Mapping[str, Any]) -> None:
+    """Raises DeltaError for a field that changes the mathematics of LoRA, by name."""
     for key, name in NOT_BUILT.items():
         if config.get(key):
             raise wrong_delta(
                 origin, "a plain LoRA", f"{name}: {key} is set", "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is"
             )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise wrong_delta(origin, "DoRA without lora_bias, as PEFT trains it", "use_dora and lora_bias both set", "correct adapter_config.json")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGED_BASE):
         remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         raise wrong_delta(origin, "a LoRA on the base as published", f"init_lora_weights {start!r}, which changed the base", remedy)
 
 
-def _check_finite(origin: str, views: Iterable[TensorView]) -> None:
-    for view in views:
-        for first, block in view.blocks():
-            if not np.isfinite(block).all():
-                bad = int(block.size - np.isfinite(block).sum())
-                raise wrong_delta(
-                    f"{origin}: {view.name}", "finite numbers", f"{bad} NaN or infinite from row {first}", "train the adapter again: this one diverged"
-                )
-
-
-def _pairs(origin: str, tensors: Mapping[str, TensorView]) -> tuple[dict[str, Factors], dict[str, TensorView]]:
-    """(factors by module, tensors that are no factor). Raises DeltaError for half a pair or a factor of another kind."""
-    halves: dict[str, dict[str, TensorView]] = {}
-    rest: dict[str, TensorView] = {}
-    for name, view in tensors.items():
-        if ".original_module." in name:
-            continue
-        match = FACTOR.fullmatch(name)
-        if match:
-            halves.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"] + (".bias" if match["kind"] == ".bias" else "")] = view
-        elif ".lora_" in name or "trainable_tokens" in name:
-            kind = "DoRA magnitudes" if "magnitude" in name else "a factor that plain LoRA has not"
-            raise wrong_delta(
-                f"{origin}: {name}", "lora_A and lora_B", kind, "merge this adapter with PEFT and compile the result: it is not built yet, LoRA is"
-            )
-        else:
-            rest[name] = view
-    return {module: _pair(origin, module, parts) for module, parts in halves.items()}, rest
-
-
-def _pair(origin: str, module: str, parts: Mapping[str, TensorView]) -> Factors:
-    embedding = any(part.startswith("embedding") for part in parts)
-    first, second = ("embedding_A", "embedding_B") if embedding else ("A", "B")
-    for part in (first, second):
-        if part not in parts:
-            raise wrong_delta(f"{origin}: {module}", "lora_A and lora_B", f"no lora_{part}", "save the adapter again: half of the pair is missing")
-    a, b = parts[first], parts[second]
-    place = f"{origin}: {module}"
-    if len(a.shape) != 2 or len(b.shape) != 2:
+def _factors(adapter: Adapter, module: str, parts: Parts) -> Factors:
+    place = adapter.place(module)
+    embedding = any(part.startswith("lora_embedding") for part in parts)
+    a, b = need(place, parts, "lora_embedding_A", "lora_embedding_B") if embedding else need(place, parts, "lora_A", "lora_B")
+    check_pair(place, a, b)
+    if a.shape[0] == 0:
         raise wrong_delta(
-            place,
-            "factors of two dimensions (linear, Conv1D or embedding)",
-            f"{list(a.shape)} and {list(b.shape)}",
-            "convolutions are not built yet: merge with PEFT",
+            place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter"
         )
-    if a.shape[0] == 0 or 0 in b.shape or 0 in a.shape:
+    magnitude = parts.get("lora_magnitude_vector")
+    if (magnitude is not None) != bool(adapter.config.get("use_dora")):
+        found = "DoRA magnitudes, and use_dora not set" if magnitude is not None else "use_dora set, and no lora_magnitude_vector"
+        raise wrong_delta(place, "magnitudes where use_dora is set", found, "put the adapter_config.json of this training run beside its weights")
+    return Factors(module, embedding, a, b, parts.get("lora_B.bias"), magnitude)
+
+
+def check_pair(place: str, a: TensorView, b: TensorView) -> None:
+    """A [r, in] and B [out, r] of one rank, which may be 0. Raises DeltaError."""
+    shapes = f"{list(a.shape)} and {list(b.shape)}"
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise wrong_delta(place, "factors of two dimensions (linear, Conv1D or embedding)", shapes, "convolutions are not built yet: merge with PEFT")
+    if a.shape[1] == 0 or b.shape[0] == 0:
         raise wrong_delta(
             place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter"
         )
     if a.shape[0] != b.shape[1]:
         raise wrong_delta(place, "one rank in A and B", f"A {list(a.shape)}, B {list(b.shape)}", "save the adapter again: its halves belong to different runs")
-    return Factors(module, embedding, a, b, parts.get("B.bias"))
 
 
 def scale_of(module: str, config: Mapping[str, Any]) -> tuple[float, int]:
     """(s, r) of a module by the rules at the top: {"r": 8, "lora_alpha": 16} -> (2.0, 8)."""
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank)) if rank else 0.0, int(rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _edits(origin: str, factors: Factors, config: Mapping[str, Any], whole: Whole) -> list[Edit]:
-    scale, rank = scale_of(factors.module, config)
-    if rank < 1:
-        raise wrong_delta(f"{origin}: {factors.module}", "a rank of at least 1", f"r {rank} in adapter_config.json", "correct r in adapter_config.json")
-    if rank != factors.a.shape[0]:
-        found = f"rank {factors.a.shape[0]} in the weights"
-        raise wrong_delta(
-            f"{origin}: {factors.module}",
-            f"rank {rank} as adapter_config.json says",
-            found,
-            "put the adapter_config.json of this training run beside its weights",
-        )
+def _edits(adapter: Adapter, factors: Factors) -> list[Edit]:
+    scale, rank = scale_of(factors.module, adapter.config)
+    place = adapter.place(factors.module)
+    check_rank(place, rank, factors.a.shape[0])
     target = f"{factors.module}.weight"
     if factors.embedding:
-        shape = (factors.a.shape[1], factors.b.shape[0])
-        return [Edit(target, shape, _embedding_change(factors, scale, whole))]
-    shape = (factors.b.shape[0], factors.a.shape[1])
-    weight = Edit(target, shape, _linear_change(factors, scale, whole), transposes=True, flipped=bool(config.get("fan_in_fan_out")))
+        weight = Edit(target, (factors.a.shape[1], factors.b.shape[0]), _embedding_change(factors, scale, adapter.whole))
+    else:
+        change = linear_change(factors.a, factors.b, scale, adapter.whole)
+        shape = (factors.b.shape[0], factors.a.shape[1])
+        weight = Edit(target, shape, change, transposes=True, flipped=bool(adapter.config.get("fan_in_fan_out")))
+    if factors.magnitude is not None:
+        if adapter.config.get("ensure_weight_tying") and (factors.embedding or target.endswith(HEADS)):
+            # the embedding's norms run down the columns, the head's along the rows: no one tensor is both
+            found = f"{factors.module}, with ensure_weight_tying"
+            raise wrong_delta(adapter.origin, "DoRA on layers other than a tied embedding or head", found, "leave these modules out of target_modules")
+        weight = dora_edit(weight, factors.magnitude, place, by_columns=factors.embedding)
     if factors.bias is None:
         return [weight]
     return [weight, Edit(f"{factors.module}.bias", factors.bias.shape, _bias_change(factors.bias, scale))]
 
 
-def _linear_change(factors: Factors, scale: float, whole: Whole) -> Change:
+def linear_change(a: TensorView, b: TensorView, scale: float, whole: Whole) -> Change:
     """s B[rows] A, or its transpose's rows s A[:, rows]^T B^T."""
 
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
         stop = first + len(base)
         if transposed:
-            return low_rank(whole(factors.a)[:, first:stop].T * np.float32(scale), whole(factors.b).T)
-        return low_rank(factors.b.rows(first, stop) * np.float32(scale), whole(factors.a))
+            return low_rank(whole(a)[:, first:stop].T * np.float32(scale), whole(b).T)
+        return low_rank(b.rows(first, stop) * np.float32(scale), whole(a))
 
     return change
 
@@ -213,18 +156,3 @@ def _embedding_change(factors: Factors, scale: float, whole: Whole) -> Change:
 
 def _bias_change(bias: TensorView, scale: float) -> Change:
     return lambda first, base, transposed: bias.rows(first, first + len(base)) * np.float32(scale)
-
-
-def _replacement(origin: str, name: str, view: TensorView, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> Edit:
-    """A whole tensor of the trained model. Raises DeltaError for one that nothing in adapter_config.json accounts for."""
-    target = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    module = target.rpartition(".")[0]
-    # PEFT saves every module whose name ends in an entry: `norm` means input_layernorm too
-    saved = any(re.search(rf"{re.escape(entry)}(\.|$)", module) for entry in config.get("modules_to_save") or ())
-    bias = config.get("bias", "none") != "none" and target.endswith(".bias")
-    embedding = module in factors or module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "word_embeddings")
-    if not (saved or bias or embedding):
-        raise wrong_delta(
-            f"{origin}: {name}", "lora factors, or a module that modules_to_save names", "a tensor of neither", "save the adapter again with save_pretrained"
-        )
-    return Edit(target, view.shape, lambda first, base, transposed: view.rows(first, first + len(base)), replaces=True, may_add=saved)

@@ -46,7 +46,7 @@ def _refuse_tied_mask_head(base: Checkpoint, edits: Sequence[Bound]) -> None:
     """A masked language model ties its decoder to the embedding under a name of each family's own: not built, so not guessed."""
     masked = any(re.search("MaskedLM|PreTraining", str(name)) for name in base.config.get("architectures") or ())
     for one in edits:
-        if masked and one.delta.task not in (*TASK_CLASSES, "FEATURE_EXTRACTION"):
+        if masked and not one.delta.tied and one.delta.task not in (*TASK_CLASSES, "FEATURE_EXTRACTION"):
             found = "an adapter of the input embedding, which this base ties to its mask head"
             raise wrong_delta(
                 one.delta.origin, "an adapter of linear layers, or a task that drops the mask head", found, "set task_type in adapter_config.json"

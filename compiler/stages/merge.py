@@ -115,11 +115,14 @@ def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: str = "linear
 
 
 def _apply(block: np.ndarray, first: int, edits: Sequence[Bound], method: Combine) -> np.ndarray:
-    """Replacements in turn, then all differences by the combine method."""
+    """Replacements in turn, then all differences, each against the base alone, by the combine method."""
     for one in edits:
         if one.edit.replaces:
             block = one.edit.change(first, block, one.transposed)
-    return method(block, ((one.delta.weight, one.edit.change(first, block, one.transposed)) for one in edits if not one.edit.replaces))
+    changes = [one for one in edits if not one.edit.replaces]
+    # the method may add into its block while later differences still have to read it
+    base = block.copy() if any(one.edit.reads_base for one in changes[1:]) else block
+    return method(block, ((one.delta.weight, one.edit.change(first, base, one.transposed)) for one in changes))
 
 
 def _merged(view: TensorView, edits: Sequence[Bound], method: Combine) -> TensorView:

@@ -276,12 +276,28 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     ),
     "convolution": ({f"{ROOT}c.lora_A.weight": f32(2, 4, 3, 3), f"{ROOT}c.lora_B.weight": f32(6, 2, 1, 1)}, {}, "convolutions are not built yet"),
     "no tensors": ({}, {}, "found none: the file holds no tensors"),
-    "dora": (pair(Q, 6, 4), {"use_dora": True}, "expected a plain LoRA, found DoRA: use_dora is set; merge this adapter with PEFT"),
-    "dora weights": ({**pair(Q, 6, 4), f"{ROOT}{Q}.lora_magnitude_vector": f32(6)}, {}, "found DoRA magnitudes"),
+    "dora without magnitudes": (
+        pair(Q, 6, 4),
+        {"use_dora": True},
+        "expected magnitudes where use_dora is set, found use_dora set, and no lora_magnitude_vector",
+    ),
+    "dora weights": ({**pair(Q, 6, 4), f"{ROOT}{Q}.lora_magnitude_vector": f32(6)}, {}, "found DoRA magnitudes, and use_dora not set"),
+    "dora of another length": (
+        {**pair(Q, 6, 4), f"{ROOT}{Q}.lora_magnitude_vector": f32(5)},
+        {"use_dora": True},
+        r"expected a lora_magnitude_vector of shape \[6\], found \[5\]",
+    ),
+    "dora with lora_bias": (pair(Q, 6, 4), {"use_dora": True, "lora_bias": True}, "expected DoRA without lora_bias"),
+    "dora on a tied head": (
+        {**pair("lm_head", 6, 4), f"{ROOT}lm_head.lora_magnitude_vector": f32(6)},
+        {"use_dora": True, "ensure_weight_tying": True},
+        "expected DoRA on layers other than a tied embedding or head, found lm_head, with ensure_weight_tying; leave these modules out",
+    ),
+    "qalora": (pair(Q, 6, 4), {"use_qalora": True}, "expected a plain LoRA, found QALoRA: use_qalora is set; merge this adapter with PEFT"),
     "trainable tokens": (pair(Q, 6, 4), {"trainable_token_indices": [1]}, "trainable tokens: trainable_token_indices is set"),
     "activated": (pair(Q, 6, 4), {"alora_invocation_tokens": [1]}, "activated LoRA"),
     "pissa": (pair(Q, 6, 4), {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changed the base; save it again with save_pretrained"),
-    "another kind": (pair(Q, 6, 4), {"peft_type": "VERA"}, "expected a delta of kind LORA, found VERA; merge it with PEFT .*: VERA is not built yet; LoRA is"),
+    "another kind": (pair(Q, 6, 4), {"peft_type": "HIRA"}, "expected a delta of kind LORA, .*, found HIRA; merge it with PEFT.*: HIRA is not built"),
     "a tensor of neither": (
         {**pair(Q, 6, 4), f"{ROOT}surprise.weight": f32(2, 2)},
         {},
@@ -301,14 +317,16 @@ def test_refused_by_name(case: str, tmp_path: Path) -> None:
 
 def test_replaced_modules_need_weight_one(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "d", {**pair(Q, 6, 4), f"{ROOT}model.norm.weight": f32(4)}, modules_to_save=["norm"])
-    with pytest.raises(DeltaError, match=r"model.norm.weight: expected weight 1.0 for a module that is replaced whole, found 0.5; give this delta weight 1.0"):
+    with pytest.raises(
+        DeltaError, match=r"model.norm.weight: expected weight 1.0 for a module that is replaced or added whole, found 0.5; give this delta weight 1.0"
+    ):
         merged_view(base_of(LLAMA), [load_delta(source, weight=0.5)])
     with pytest.raises(DeltaError, match=r"model.norm.weight: expected one delta that replaces it, found .* and .*; keep the module in one"):
         merged_view(base_of(LLAMA), [load_delta(source), load_delta(source)])
 
 
 FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
-    "no config": ({}, ["adapter_config.json"], "expected an adapter folder with adapter_config.json, found none"),
+    "no config": ({}, ["adapter_config.json"], "expected an adapter folder with adapter_config.json, a delta.safetensors, or a checkpoint, found none"),
     "bad config": ({"adapter_config.json": "{"}, [], "expected the adapter's config in JSON"),
     "no weights": ({}, ["adapter_model.safetensors"], "expected adapter_model.safetensors, found none"),
     "pickle": (
