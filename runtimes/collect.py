@@ -105,7 +105,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         raise TrimtabError(
             "limits", expected=f"series among {', '.join(first)}", found=", ".join(unknown), remedy="choose another limit for this kind of bundle"
         )
-    spin.calibrate(call, count=5)
+    spin.calibrate(call, count=9)
     questions = [_Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0

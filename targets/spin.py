@@ -16,6 +16,7 @@ from statistics import median
 BUFFER = bytes(1 << 18)
 ROUNDS = 3  # hashes per thread
 REPEATS = 3  # the best of these counts: a single wake-up of the system is no disturbance, a busy core is
+SETTLE_S = 0.01  # onnxruntime's workers spin on after a run; without this pause readings fall into two groups (0.7 and 1.1 ms here)
 TOLERANCE = 1.35
 CALIBRATIONS = 15
 
@@ -42,14 +43,12 @@ class Spin:
         self._pool.shutdown()
 
     def time_ms(self) -> float:
-        """Milliseconds until every thread has done its share, best of three."""
+        """Milliseconds until every thread has done its share, best of three, once other threads of this process have settled."""
+        time.sleep(SETTLE_S)
         return min(self.once_ms() for _ in range(REPEATS))
 
     def calibrate(self, between: Callable[[], object] | None = None, count: int = CALIBRATIONS) -> float:
-        """Set the baseline: the median of `count` readings, each after `between()`, the work that will stand between readings later.
-
-        (Worker threads of onnxruntime spin on for a moment after a run; a baseline without that would call every window disturbed.)
-        """
+        """Set the baseline: the median of `count` readings, each after `between()`, the work that will stand between readings later."""
         readings = []
         for _ in range(count):
             if between is not None:

@@ -101,11 +101,10 @@ def export_decoder(
 
 def check_kernel_limits(spec: DecoderSpec, length: int) -> None:
     """Raises ArchitectureError for shapes that GroupQueryAttention refuses or lengths the model was not made for."""
-    step = 16 if spec.ropes else 8
-    if spec.head_size % step:
+    if spec.head_size % 8:
         raise ArchitectureError(
             "config.json: head_dim",
-            expected=f"a multiple of {step} (GroupQueryAttention's rule)",
+            expected="a multiple of 8 (GroupQueryAttention's rule)",
             found=str(spec.head_size),
             remedy="no fused kernel serves this width",
         )

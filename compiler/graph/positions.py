@@ -7,6 +7,8 @@ longrope (phi3): the short and the long table stand one below the other, and a r
 longer than `original_max_position_embeddings`, which is when transformers switches for a batch of one. Keys already in the cache keep the angles they
 were written with, there and here. GroupQueryAttention reads only the first position of the first row of a prompt, so these rows are rotated by
 RotaryEmbedding in front of it. A context within `original_max_position_embeddings` needs none of this.
+
+Widths that are no multiple of 16 are rotated in front of it too: GroupQueryAttention's own rotation refuses them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.graph.nodes import MICROSOFT, GraphBuilder
-from compiler.graph.rope import Rope
 from compiler.graph.spec import DecoderSpec
+
+FUSED_STEP = 16  # widths that GroupQueryAttention rotates itself are multiples of this
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def prologue(graph: GraphBuilder, spec: DecoderSpec, ids: ir.Value, mask: ir.Val
         if switched:
             segments = [(rope.inv_freq, rope.switch_length or 0), (rope.long_inv_freq or (), length)]
         cos, sin = tables(graph, node, segments, rope.attention_factor)
-        ids_value = positions_into(graph, node, rope, (last, total64, sequence)) if switched else None
+        explicit = switched or bool(rope.rotary_dim % FUSED_STEP or spec.head_size % FUSED_STEP)
+        ids_value = positions_into(graph, node, rope.switch_length if switched else None, (last, sequence)) if explicit else None
         ropes.append((cos, sin, ids_value))
     return Positions(seqlens, total, (last, total64, sequence), tuple(ropes))
 
@@ -98,15 +102,16 @@ def tables(graph: GraphBuilder, node: str, segments: list[tuple[tuple[float, ...
     return both[0], both[1]
 
 
-def positions_into(graph: GraphBuilder, node: str, rope: Rope, lengths: tuple[ir.Value, ir.Value, ir.Value]) -> ir.Value:
-    """position_ids int64 [batch, sequence] into the stacked tables of longrope: position, plus switch_length once total > switch_length."""
-    last, _, sequence = lengths
+def positions_into(graph: GraphBuilder, node: str, switch_length: int | None, lengths: tuple[ir.Value, ir.Value]) -> ir.Value:
+    """position_ids int64 [batch, sequence]; with a switch_length into longrope's stacked tables: plus switch_length once total > switch_length."""
+    last, sequence = lengths
     zero, one = graph.constant("int64_scalar_0", np.array(0, np.int64)), graph.constant("int64_scalar_1", np.array(1, np.int64))
     steps = graph.op(f"{node}/steps", "Range", [zero, graph.op(f"{node}/count", "Squeeze", [sequence]), one])
     valid = graph.op(f"{node}/valid", "Add", [last, graph.integers(1)])
     start = graph.op(f"{node}/start", "Sub", [valid, sequence])
     start = graph.op(f"{node}/start_clipped", "Max", [start, graph.integers(0)])  # a padded prompt starts at 0
-    switch = graph.integers(rope.switch_length or 0)
-    beyond = graph.op(f"{node}/beyond", "Cast", [graph.op(f"{node}/longer", "Greater", [valid, switch])], to=int(ir.DataType.INT64))
-    start = graph.op(f"{node}/offset", "Add", [start, graph.op(f"{node}/shift", "Mul", [beyond, switch])])
+    if switch_length is not None:
+        switch = graph.integers(switch_length)
+        beyond = graph.op(f"{node}/beyond", "Cast", [graph.op(f"{node}/longer", "Greater", [valid, switch])], to=int(ir.DataType.INT64))
+        start = graph.op(f"{node}/offset", "Add", [start, graph.op(f"{node}/shift", "Mul", [beyond, switch])])
     return graph.op(f"{node}/position_ids", "Add", [graph.op(f"{node}/start_column", "Unsqueeze", [start, graph.integers(1)]), steps])

@@ -53,12 +53,12 @@ def rope_of(parameters: Mapping[str, Any], head_size: int, max_positions: int) -
             remedy="this rope scaling has no fixed table of angles and cannot be built; set a supported type if the model allows it",
         )
     rotary_dim = int(head_size * float(parameters.get("partial_rotary_factor") or 1.0))
-    if rotary_dim % 16 or rotary_dim == 0:
+    if rotary_dim % 2 or rotary_dim == 0:
         raise ArchitectureError(
             "config.json: head_dim",
-            expected="a rotary width that is a multiple of 16 (GroupQueryAttention's rule)",
+            expected="an even rotary width",
             found=f"{rotary_dim} of head size {head_size}",
-            remedy="this width cannot be served by onnxruntime's fused attention",
+            remedy="rope turns pairs: correct head_dim or partial_rotary_factor",
         )
     try:
         return BUILDERS[kind](parameters, rotary_dim, max_positions)

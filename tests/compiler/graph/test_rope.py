@@ -91,7 +91,7 @@ def test_partial_rotation_takes_the_first_part() -> None:
         ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}, ["rope_type", "'dynamic'", "longrope"]),
         ({"rope_type": "linear", "rope_theta": 10_000.0}, ["rope_parameters", "factor for rope type linear"]),
         ({**PARAMETERS["longrope"], "short_factor": [1.0]}, ["32 values", "1 and 32"]),
-        ({"rope_theta": 10_000.0, "partial_rotary_factor": 0.4}, ["multiple of 16", "25 of head size 64"]),
+        ({"rope_theta": 10_000.0, "partial_rotary_factor": 0.4}, ["even rotary width", "25 of head size 64"]),
     ],
 )
 def test_refusals(parameters: dict[str, Any], words: list[str]) -> None:

@@ -1,0 +1,119 @@
+"""Merge and save: trimtab beside PEFT on SmolLM2-135M, and trimtab's memory on synthetic llamas of 0.3 and 1.1 billion parameters.
+
+    python benchmarks/merge.py [--repeats 3] [--out benchmarks/results/merge.json]
+
+A LoRA of rank 16 on all linears with random factors (cost does not depend on values), float32 for SmolLM2, bf16 for the
+synthetic models. Processes are taken in turn; seconds are wall clock, memory is the peak resident size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from builders import BASE, PEFT, timed
+from safetensors.numpy import save_file
+
+from compiler.checkpoints.resolve import open_checkpoint
+from compiler.checkpoints.view import Checkpoint, TensorView
+from compiler.checkpoints.write import write_checkpoint
+
+RANK = 16
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# billions of parameters -> (hidden, intermediate, layers, heads, key/value heads)
+SYNTHETIC = {"0.3 B": (1024, 2816, 20, 16, 4), "1.1 B": (2048, 5632, 22, 32, 4)}
+VOCABULARY = 32_000
+
+
+def shapes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a llama with an untied head."""
+    kv = hidden // heads * kv_heads
+    linear = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden), "gate": (inner, hidden), "up": (inner, hidden)}
+    yield "model.embed_tokens.weight", (VOCABULARY, hidden)
+    for layer in range(layers):
+        for module in LINEARS:
+            part = module.split(".")[1].removesuffix("_proj")
+            yield f"model.layers.{layer}.{module}.weight", linear.get(part, (hidden, inner))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (VOCABULARY, hidden)
+
+
+def synthetic(folder: Path, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> None:
+    """A bf16 llama of random weights, written block by block."""
+
+    def view(name: str, shape: tuple[int, ...]) -> TensorView:
+        def rows(start: int, stop: int) -> np.ndarray:
+            return np.random.default_rng([len(name), start]).standard_normal((stop - start, *shape[1:]), np.float32) * np.float32(0.02)
+
+        return TensorView(name, shape, "BF16", rows)
+
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": inner}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": False}
+    tensors = {name: view(name, shape) for name, shape in shapes(hidden, inner, layers, heads, kv_heads)}
+    write_checkpoint(Checkpoint(tensors, config, {}, "synthetic", lambda: "synthetic"), folder, dtype="BF16")
+
+
+def adapter(folder: Path, base: Checkpoint) -> None:
+    """A LoRA on all linears of a llama, as PEFT writes it."""
+    rng, tensors = np.random.default_rng(0), {}
+    for name, view in base.tensors.items():
+        if any(module in name for module in LINEARS):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = rng.standard_normal((RANK, view.shape[1]), np.float32) * np.float32(0.02)
+            tensors[f"{stem}.lora_B.weight"] = rng.standard_normal((view.shape[0], RANK), np.float32) * np.float32(0.02)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": [module.split(".")[1] for module in LINEARS]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": "base"}))
+
+
+def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
+    """All rows."""
+    write_checkpoint(open_checkpoint(BASE), work / "smollm2", dtype="F32")
+    for name, sizes in SYNTHETIC.items():
+        synthetic(work / name, *sizes)
+    commands = {"PEFT merge and save": [sys.executable, "-c", PEFT, str(work / "smollm2"), str(work / "smollm2-lora"), str(work / "out")]}
+    for name in ("smollm2", *SYNTHETIC):
+        adapter(work / f"{name}-lora", open_checkpoint(str(work / name)))
+        merge = [sys.executable, "-m", "compiler", "merge", str(work / name), "--delta", str(work / f"{name}-lora"), "--out", str(work / "out")]
+        commands[f"trimtab merge {name}"] = merge
+    costs: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            shutil.rmtree(work / "out", ignore_errors=True)
+            costs.setdefault(name, []).append(timed(command))
+    rows = []
+    for name, values in costs.items():
+        for metric, unit, series in (("merge_s", "s", [cost[0] for cost in values]), ("merge_peak_rss", "MB", [cost[1] for cost in values])):
+            rows.append({"system": name, "metric": metric, "value": statistics.median(series), "unit": unit, "low": min(series), "high": max(series)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merge.json"))
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="merge-"))
+    try:
+        rows = measure(work, arguments.repeats)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['system']:28s} {row['metric']:16s} {row['value']:10.4g} {row['unit']}  [{row['low']:.4g}, {row['high']:.4g}]")
+
+
+if __name__ == "__main__":
+    main()
