@@ -64,7 +64,7 @@ def describe(path: str) -> dict[str, Any]:
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         return _describe_bundle(folder)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() or is_own_delta(folder):
         return _describe_adapter(path)
     try:
         return _describe_checkpoint(path)
@@ -72,6 +72,16 @@ def describe(path: str) -> dict[str, Any]:
         if folder.is_dir():
             raise BundleError(path, expected="a bundle, an adapter or a checkpoint", found=error.found, remedy=error.remedy) from error
         raise
+
+
+def is_own_delta(path: Path) -> bool:
+    """A sparse delta or a file of differences in our own format, as a file or in a folder."""
+    from compiler.checkpoints.safetensors import read_header
+    from compiler.deltas.load import OWN_FILE
+    from compiler.deltas.sparse import FORMAT
+
+    file = path / OWN_FILE if path.is_dir() else path
+    return file.is_file() and file.suffix == ".safetensors" and read_header(file)[1].get("format") == FORMAT
 
 
 def _describe_bundle(folder: Path) -> dict[str, Any]:
