@@ -15,6 +15,7 @@ import numpy as np
 
 from compiler.errors import RecipeError
 from compiler.evaluation.data import Row
+from runtimes.metrics import log_softmax
 
 WINDOW = 512  # tokens of a scored text window; its second half is scored, the first is context
 MAX_WINDOWS = 12
@@ -103,12 +104,6 @@ def _compare(number: int, sequence: Scored, left: np.ndarray, right: np.ndarray)
     return kl, left.argmax(-1) == right.argmax(-1), -left[rows, wanted], -right[rows, wanted], np.full(len(wanted), number)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [n, vocab] -> log-probabilities, stable."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
 def cluster_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap of a mean over tokens, drawing whole sequences: tokens of one sequence are not independent.
 
@@ -189,7 +184,7 @@ def exact_bounds(hits: int, samples: int, tail: float) -> tuple[float, float]:
 def share(hits: Sequence[bool]) -> dict[str, Any]:
     """A share with its exact 95 % interval."""
     low, high = exact_bounds(int(sum(hits)), len(hits), 0.025)
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "samples": len(hits)}
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "samples": len(hits), "exact": True}
 
 
 def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]
     lost = sum(was and not is_ for was, is_ in zip(before, after, strict=True))
     won = sum(is_ and not was for was, is_ in zip(before, after, strict=True))
     (lost_low, lost_high), (won_low, won_high) = exact_bounds(lost, n, 0.0125), exact_bounds(won, n, 0.0125)
-    return {"value": (lost - won) / n, "low": lost_low - won_high, "high": lost_high - won_low, "samples": n}
+    return {"value": (lost - won) / n, "low": lost_low - won_high, "high": lost_high - won_low, "samples": n, "exact": True}
 
 
 def open_all_logits(directory: Path) -> Any:

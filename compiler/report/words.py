@@ -234,11 +234,13 @@ def held(limits: Sequence[CheckRow]) -> str:
 
 
 def luck(limits: Sequence[CheckRow]) -> str:
-    """The largest false-pass probability, over the checks that rest on samples."""
+    """The largest false-pass probability over the exact tests, and how many limits rest on intervals that are only approximate."""
     chances = [check.false_pass for check in limits if check.false_pass is not None]
-    if not chances:
-        return ""
-    return f" If one were really missed, the chance of this pass would be at most {percent(max(chances))}."
+    rough = sum(check.false_pass is None and check.confidence is not None for check in limits)
+    said = f" If one were really missed, the chance of this pass would be at most {percent(max(chances))}." if chances else ""
+    if rough and chances:
+        said = f" Of those tested exactly: if one were really missed, the chance of this pass would be at most {percent(max(chances))}."
+    return said + (f" {rough} {'rests on an interval that is' if rough == 1 else 'rest on intervals that are'} approximate (bootstrap)." if rough else "")
 
 
 def counted(some: Sequence[CheckRow], limits: Sequence[CheckRow]) -> str:

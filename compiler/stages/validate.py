@@ -3,7 +3,8 @@
 Rules:
 1. Exact quantities (sizes) are compared as they are.
 2. Accuracy metrics are estimates on the evaluation data: PASS when the 95 % bound on the bad side keeps the limit, FAIL
-   when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is.
+   when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is. Only
+   exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
 3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
 4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
 5. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
@@ -84,7 +85,10 @@ def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any]) -> Check:
     keeps = (lambda bound: bound <= limit) if what.at_most else (lambda bound: bound >= limit)
     outcome = PASS if keeps(worst) else INCONCLUSIVE if keeps(best) else FAIL  # NaN keeps nothing: FAIL
     confidence = None if low is None else ACCURACY_CONFIDENCE
-    return Check(what.name, value, what.unit, limit, outcome, metric["samples"], low, high, confidence, None if low is None else 0.025, "quantize + export")
+    exact = bool(metric.get("exact", metric.get("false_pass") is not None))
+    false_pass = (1 - ACCURACY_CONFIDENCE) / 2 if exact and low is not None else None
+    note = "exact interval" if exact else "bootstrap interval: its confidence is approximate" if low is not None else ""
+    return Check(what.name, value, what.unit, limit, outcome, metric["samples"], low, high, confidence, false_pass, "quantize + export", note)
 
 
 def _percentile(what: Quantity, limit: float | None, percentile: float, samples: Sequence[float], measured: Measured) -> Check:

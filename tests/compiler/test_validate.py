@@ -46,6 +46,14 @@ def test_outcomes(name, limit, outcome):
     assert check.outcome == outcome
 
 
+def test_only_exact_intervals_state_a_false_pass_probability():
+    metric = {"value": 0.0, "low": -0.02, "high": 0.02, "samples": 176}
+    bootstrapped, exact = (checks({"accuracy_drop": 0.03}, measured(accuracy={"accuracy_drop": row}))[0] for row in (metric, {**metric, "exact": True}))
+    assert bootstrapped.outcome == exact.outcome == PASS
+    assert bootstrapped.false_pass is None and "approximate" in bootstrapped.note
+    assert exact.false_pass == pytest.approx(0.025)
+
+
 def test_not_a_number_never_passes():
     broken = measured(accuracy={"kl_mean": {"value": math.nan, "low": math.nan, "high": math.nan, "samples": 10}})
     assert checks({"kl_mean": 0.1}, broken)[0].outcome == FAIL
