@@ -167,6 +167,12 @@ class DecodeLoop:
         self._run()
         return self._logits[:, 0]
 
+    def seek(self, tokens: int) -> None:
+        """Go on as if `tokens` tokens had been read (their keys and values are what the cache holds, zeros at first): tries a late position at no cost."""
+        self._reserve(1, tokens + 1)
+        self._lengths = np.array([tokens], np.int64)
+        self._bind_step(1)
+
     def all_logits(self, ids: NDArray[np.int64]) -> Floats:
         """Teacher-forced logits [batch, tokens, vocab] for ids [batch, tokens]: position t holds the logits after token t.
 

@@ -58,7 +58,7 @@ class Encoder:
         self.labels = _labels(bundle)
         self.tokenizer = load_tokenizer(bundle)
         self.tokenizer.enable_truncation(self.max_length)
-        self._pad_id = _pad_id(bundle, self.tokenizer)
+        self.pad_id = _pad_id(bundle, self.tokenizer)
         self._session = open_session(bundle.model_path, settings)
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._output, self._rank = self._pick_output()
@@ -116,6 +116,11 @@ class Encoder:
                         rows[place].append(TokenLabel(self._label(best), start, end, float(shares[at, token, best])))
         return rows
 
+    def run_text(self, text: str) -> NDArray[Any]:
+        """The graph's own output for one text, cut to the model's length. Raises TrimtabError for a text without tokens."""
+        (_, _, output) = next(self._batches([text]))
+        return output
+
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One run of the graph on ready tensors; the chosen output as it is. What a benchmark times."""
         try:
@@ -146,7 +151,7 @@ class Encoder:
         for at in range(0, len(order), self.batch_size):
             places = order[at : at + self.batch_size]
             width = lengths[places[-1]]
-            ids = np.full((len(places), width), self._pad_id, np.int64)
+            ids = np.full((len(places), width), self.pad_id, np.int64)
             mask, types = np.zeros_like(ids), np.zeros_like(ids)
             for row, place in enumerate(places):
                 size = lengths[place]

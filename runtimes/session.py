@@ -6,6 +6,9 @@ spinning     worker threads spin between operators. A decode step is some hundre
 sequential   one operator at a time: transformer graphs are chains, and parallel execution only splits the caches.
 mem pattern  off: it plans buffers for the shapes of an earlier run, and lengths change from call to call.
 denormals    flushed to zero only where asked: it changes results in the last bits.
+exact        MatMulNBits with float32 activations (`accuracy_level` 1) in place of what the graph says: slower, and free of the rounding of activations to
+             8 bits, which turns the last bit of a sum into a step. What must be equal is compared so (`runtimes.behaviours`). One byte of the graph changes.
+optimisation onnxruntime's graph optimisations: all, basic or none.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import Any
 from targets.errors import BundleError
 from targets.machine import usable_cores
 
+LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
+# AttributeProto (onnx.proto3): field 1, name, 14 bytes; field 3, i, a varint. Both varints have one byte, so no length around them changes.
+ACCURACY, FLOAT_ACCURACY = b"\x0a\x0eaccuracy_level\x18\x04", b"\x0a\x0eaccuracy_level\x18\x01"
 REMEDY = "check the bundle with `trimtab verify`, and its onnxruntime version against the one named in manifest.json"
 
 
@@ -29,13 +35,17 @@ class SessionSettings:
     flush_denormals: bool = False
     use_arena: bool = True
     profile_prefix: str = ""
+    exact: bool = False
+    optimization: str = "all"
 
     def resolved_threads(self) -> int:
         return self.threads or usable_cores()
 
 
-def open_session(model_path: Path, settings: SessionSettings | None = None) -> Any:
+def open_session(model_path: Path, settings: SessionSettings | None = None, graph: bytes | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU. Raises BundleError, in one line, when the model does not load.
+
+    graph  another graph over the same external data, in place of the one at `model_path`
 
     Warnings of onnxruntime are kept off the terminal (severity 3): what matters is checked by us and said in our words.
     """
@@ -48,19 +58,26 @@ def open_session(model_path: Path, settings: SessionSettings | None = None) -> A
     options.intra_op_num_threads = settings.resolved_threads()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[settings.optimization])
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = settings.use_arena
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1" if settings.flush_denormals else "0")
+    if settings.exact:  # else DequantizeLinear and MatMul become an operator that rounds activations
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if settings.profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = settings.profile_prefix
     if not Path(model_path).is_file():
         raise BundleError(str(model_path), expected="an ONNX file", found="none", remedy=REMEDY)
+    source: str | bytes = str(model_path)
+    if settings.exact or graph is not None:
+        source = graph or Path(model_path).read_bytes()
+        source = source.replace(ACCURACY, FLOAT_ACCURACY) if settings.exact else source
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(model_path).parent))
     try:
-        return onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except _load_errors() as error:
         raise BundleError(str(model_path), expected="a model that onnxruntime loads", found=_one_line(error), remedy=REMEDY) from error
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.evaluation import decoder, encoder
+from compiler.evaluation import attribution, decoder, encoder, faithful
 from compiler.evaluation.data import EvaluationSet, Row
 from runtimes.bundle import Bundle
 
@@ -18,15 +19,32 @@ BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a t
 
 
 def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
-    """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "data": {...}}.
+    """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "stages": [...], "faithful": {...}, "data": {...}}.
 
     merged     the reference: the merged fp32 weights
     base       the base before the deltas, to show what they bring; None when there are none
     directory  the exported files, with export.json
     """
-    model = json.loads((directory / "export.json").read_text())["model"]
-    part = _decoder(merged, base, directory, data, report, seed) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
+    exported = Exported(directory, json.loads((directory / "export.json").read_text()))
+    part = _decoder(merged, base, exported, data, report, seed) if exported.model["kind"] == "decoder" else _encoder(merged, exported, data, report)
     return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder of exported files, with its export.json."""
+
+    directory: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        model: Mapping[str, Any] = self.summary["model"]
+        return model
+
+    def weights_of(self, reference: Any, config: Mapping[str, Any]) -> Any:
+        """The torch model with the weights that these files store, in place."""
+        return faithful.see_through(reference, self.summary["layers"], self.model, config)
 
 
 def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
@@ -34,30 +52,38 @@ def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
     return Bundle(directory, {"model": model}, model["kind"], ())
 
 
-def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
+def _decoder(merged: Checkpoint, base: Checkpoint | None, exported: Exported, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
     from compiler.reference import reference_model
 
-    chat = ChatFormat(merged)
+    chat, directory = ChatFormat(merged), exported.directory
     sequences = decoder.scored_sequences(data.rows, chat.tokenizer, chat.render, chat.eos_text)
     loop = decoder.open_all_logits(directory)
     reference = reference_model(merged, "text-generation")
-    scores = decoder.score(sequences, decoder.merged_logits(reference), decoder.bundle_logits(loop), report)
+    stages = attribution.TokenStages(sequences, decoder.merged_logits(reference))
+    scores = decoder.score(sequences, stages.reference, decoder.bundle_logits(loop), report)
+    stages.scored(scores)
     metrics = decoder.token_metrics(scores, seed)
     rows = [row for row in data.rows if row.messages]
+    answers = {MERGED: chat.answers_by_reference(reference, rows, report)} if rows else {}
+    stored = exported.weights_of(reference, merged.config)
+    stages.after("quantize", decoder.merged_logits(stored))
+    same = faithful.check(stored, directory, exported.model)
+    del reference, stored
+    if base is not None:
+        before = reference_model(base, "text-generation")
+        stages.after("base", decoder.merged_logits(before))
+        answers |= {BASE: chat.answers_by_reference(before, rows, report)} if rows else {}
     task: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     if rows:
-        answers = {MERGED: chat.answers_by_reference(reference, rows, report)}
-        del reference
-        if base is not None:
-            answers[BASE] = chat.answers_by_reference(reference_model(base, "text-generation"), rows, report)
         answers[BUNDLE] = chat.answers_by_bundle(directory, rows, report)
         hits = {system: [got.strip() == row.answer.strip() for got, row in zip(texts, rows, strict=True)] for system, texts in answers.items()}
         task = [{"system": system, "metric": "exact_match", **decoder.share(hit)} for system, hit in sorted(hits.items())]
         metrics["exact_match"] = decoder.share(hits[BUNDLE])
+        metrics["exact_match_reference"] = decoder.share(hits[MERGED])
         metrics["exact_match_drop"] = decoder.paired_drop(hits[MERGED], hits[BUNDLE])
         samples = _samples(rows, answers)
-    return {"metrics": metrics, "task": task, "samples": samples}
+    return {"metrics": metrics, "task": task, "samples": samples, "stages": attribution.ordered(stages.rows), "faithful": same}
 
 
 def _samples(rows: Sequence[Row], answers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -129,14 +155,18 @@ class ChatFormat:
         return answers
 
 
-def _encoder(merged: Checkpoint, directory: Path, model: Mapping[str, Any], data: EvaluationSet, report: Report) -> dict[str, Any]:
+def _encoder(merged: Checkpoint, exported: Exported, data: EvaluationSet, report: Report) -> dict[str, Any]:
     from compiler.reference import reference_model
     from runtimes.encode import Encoder
 
-    texts = encoder.texts_of(data.rows)
-    runtime = Encoder(unpackaged(directory, model))
-    reference = encoder.reference_outputs(reference_model(merged, model["task"]), runtime.tokenizer, texts, model, report)
+    texts, model = encoder.texts_of(data.rows), exported.model
+    runtime = Encoder(unpackaged(exported.directory, model))
+    torch_model = reference_model(merged, model["task"])
+    reference = encoder.reference_outputs(torch_model, runtime.tokenizer, texts, model, report)
     bundle = runtime.encode(texts)
+    stored, places = exported.weights_of(torch_model, merged.config), attribution.picked([1] * len(texts), attribution.MOST_TEXTS)
+    quantized = encoder.reference_outputs(stored, runtime.tokenizer, [texts[place] for place in places], model, report)
+    stages = attribution.text_stages(reference[places], quantized, bundle[places])
     metrics = encoder.output_metrics(reference, bundle)
     task: list[dict[str, Any]] = []
     wanted = [row.label for row in data.rows if row.text]
@@ -146,4 +176,5 @@ def _encoder(merged: Checkpoint, directory: Path, model: Mapping[str, Any], data
             {"system": MERGED, "metric": "accuracy", **metrics["accuracy_reference"]},
             {"system": BUNDLE, "metric": "accuracy", **metrics["accuracy"]},
         ]
-    return {"metrics": metrics, "task": task, "samples": []}
+    same = faithful.check(stored, exported.directory, model)
+    return {"metrics": metrics, "task": task, "samples": [], "stages": attribution.ordered(stages), "faithful": same}

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from compiler.errors import BundleError
+from compiler.graph.encoder_rewrite import insert, replace
 from compiler.graph.nodes import save_model
 
 LAST_TOKEN = "/last_token"
@@ -35,6 +36,24 @@ def all_logits(model_path: Path, out_path: Path) -> None:
     logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
     remove_unused(graph)
     save_model(model, out_path)
+
+
+def float_activations(model: ir.Model) -> int:
+    """Replace DynamicQuantizeMatMul by DequantizeLinear, MatMul and Add: the same weights, activations in float32. Returns how many there were.
+
+    requires  weights [in, out] with one scale a column and no zero point, as `encoder_quantize` writes them
+    ensures   no operator rounds an activation
+    """
+    found = [node for node in model.graph if node.op_type == "DynamicQuantizeMatMul"]
+    for node in found:
+        source, codes, scales, _, *rest = [*node.inputs, None, None][:5]
+        widened = insert(node, "DequantizeLinear", [codes, scales], axis=1)
+        new = insert(node, "MatMul", [source, widened.outputs[0]])
+        if rest[0] is not None:
+            new = insert(node, "Add", [new.outputs[0], rest[0]])
+        replace(node.outputs[0], new.outputs[0])
+        model.graph.remove(node, safe=True)
+    return len(found)
 
 
 def remove_unused(graph: ir.Graph) -> None:

@@ -58,6 +58,7 @@ class CheckRow(Part):
     false_pass: float | None = None
     stage: str | None = None
     note: str = ""
+    kind: Literal["limit", "behaviour"] = "limit"
 
 
 class VerdictRow(Part):
@@ -77,13 +78,23 @@ class VerdictRow(Part):
 
     @property
     def limits(self) -> list[CheckRow]:
-        """Checks that decide: those with a limit."""
-        return [check for check in self.checks if check.outcome != INFO]
+        """What the recipe asked for: checks that decide, but for behaviours."""
+        return [check for check in self.checks if check.outcome != INFO and check.kind == "limit"]
+
+    @property
+    def behaviours(self) -> list[CheckRow]:
+        """What every bundle must do; those that could not be tried are INFO."""
+        return [check for check in self.checks if check.kind == "behaviour"]
+
+    @property
+    def told(self) -> list[CheckRow]:
+        """What a short table shows: everything but the behaviours that hold."""
+        return [check for check in self.checks if check.kind == "limit" or check.outcome in (FAIL, INCONCLUSIVE)]
 
     @property
     def notes(self) -> list[CheckRow]:
         """Checks that only inform."""
-        return [check for check in self.checks if check.outcome == INFO]
+        return [check for check in self.checks if check.outcome == INFO and check.kind == "limit"]
 
 
 class TargetRow(Part):

@@ -67,8 +67,8 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
     report = read_document(document)
     top = words.headline(report)
     parts = [f"## {SIGNS.get(top.outcome, '❔')} {escaped(top.title)}", escaped(top.sentence), escaped(subtitle(report))]
-    if report.verdict and report.verdict.checks:
-        parts.append(limits_table(report.verdict.checks))
+    if report.verdict and report.verdict.told:
+        parts += [limits_table(report.verdict.told), words.behaviours(report)]
     if report.task:
         parts.append(folded("The task, before and after", task_table(report)))
     if report.stages:
@@ -95,8 +95,8 @@ def model_card(document: Mapping[str, Any] | Report) -> str:
     parts = [front_matter(report), f"# {escaped(report.name)}", what_it_is(report), "## Run it", how_to_run(report)]
     top = words.headline(report)
     parts += ["## May it be released?", f"**{escaped(top.title)}** {escaped(top.sentence)}"]
-    if report.verdict and report.verdict.checks:
-        parts.append(limits_table(report.verdict.checks))
+    if report.verdict and report.verdict.told:
+        parts += [limits_table(report.verdict.told), words.behaviours(report)]
     parts.append("The figures belong to the machine below and to no other.")
     machine = facts(report.target.model_dump())
     if machine:

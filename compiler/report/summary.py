@@ -40,9 +40,9 @@ def print_report(document: Mapping[str, Any] | Report, console: Console | None =
     A terminal gets colour, and on a narrow one the columns that matter most. A pipe gets every column as plain text, never cut or wrapped.
     """
     report, console = read_document(document), console or Console()
-    top, rows = words.headline(report), [check_cells(check) for check in (report.verdict.checks if report.verdict else ())]
+    top, rows = words.headline(report), [check_cells(check) for check in (report.verdict.told if report.verdict else ())]
     if not console.is_terminal:
-        for line in (top.title, top.sentence, *aligned(rows), build_line(report)):
+        for line in (top.title, top.sentence, *aligned(rows), words.behaviours(report), build_line(report)):
             if line:
                 console.print(Text(words.one_line(line) if line in (top.title, top.sentence) else line), soft_wrap=True)
         return
@@ -50,8 +50,9 @@ def print_report(document: Mapping[str, Any] | Report, console: Console | None =
     console.print(Text(words.one_line(top.sentence)))
     if rows:
         console.print(coloured(rows, len(HEADS) if console.width >= WIDE else ESSENTIAL))
-    if build_line(report):
-        console.print(Text(build_line(report), style="dim"))
+    for line in (words.behaviours(report), build_line(report)):
+        if line:
+            console.print(Text(line, style="dim"))
 
 
 def coloured(rows: list[tuple[str, ...]], columns: int) -> Table:

@@ -28,6 +28,7 @@ class Check:
     false_pass  P(this PASS though the true value misses the limit), at most; None when exact
     stage       which stage the loss belongs to, when known
     note        one sentence a reader needs: how it was measured, what was dropped
+    kind        "limit": what the recipe asks for; "behaviour": what every bundle must do (`runtimes.behaviours`)
     """
 
     name: str
@@ -42,6 +43,7 @@ class Check:
     false_pass: float | None = None
     stage: str | None = None
     note: str = ""
+    kind: str = "limit"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from compiler import limits as known_limits
 from compiler.report.document import CheckRow, Report
-from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
+from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS
 
 LOWER, HIGHER = "lower", "higher"
 PERCENTILE = re.compile(r"(?P<base>.+)_p(?P<percentile>\d+(?:\.\d+)?)(?:_(?P<unit>[a-z]+))?(?P<shape>@.+)?")
@@ -58,6 +58,7 @@ METRICS: dict[str, Metric] = {
     "exact_match_drop": Metric("Exact match lost by compiling", "Exact match of the full model less that of the bundle."),
     "accuracy_drop": Metric("Accuracy lost by compiling", "Accuracy of the full model less that of the bundle."),
     "spearman": Metric("Rank correlation", "Spearman's correlation with human scores."),
+    "export_faithful": Metric("Graph differs from the model", "Largest difference to the model in torch with the same stored weights, in standard deviations."),
     "flips": Metric("Flipped answers", "Share of items where compressed and full model disagree on right or wrong."),
 }
 # For names that `compiler.limits` does not hold, the last telling word decides: `accuracy_drop` is told by `drop`.
@@ -211,6 +212,12 @@ def headline(report: Report) -> Headline:
     if report.verdict is None:
         return Headline("NONE", f"No verdict: {report.name} has not been validated on {target}.", "Nothing in this report says that it may be released.")
     limits = report.verdict.limits
+    broken = [check for check in report.verdict.behaviours if check.outcome == FAIL]
+    if broken:
+        faults = f"{len(broken)} of {len(report.verdict.behaviours)} behaviours {'is' if len(broken) == 1 else 'are'} broken: {listed(broken)}."
+        missed = [check for check in limits if check.outcome == FAIL]
+        rest = f" {counted(missed, limits)} missed: {listed(missed)}." if missed else ""
+        return Headline(FAIL, f"No: {report.name} must not go on {target}.", f"{faults}{rest}")
     if not limits:
         return Headline("NONE", f"No decision: no limits were set for {report.name} on {target}.", "The figures below were measured, but nothing was promised.")
     failed = [check for check in limits if check.outcome == FAIL]
@@ -222,6 +229,13 @@ def headline(report: Report) -> Headline:
         sentence = f"No limit is clearly missed, but {counted(unproven, limits)} not proven: {listed(unproven)}."
         return Headline(INCONCLUSIVE, f"Not yet: {report.name} is not proven fit for {target}.", sentence)
     return Headline(PASS, f"Yes: {report.name} may go on {target}.", f"{held(limits)}{luck(limits)}")
+
+
+def behaviours(report: Report) -> str:
+    """ "15 of 16 behaviours hold; not tried here: threads_2"."""
+    rows = report.verdict.behaviours if report.verdict else []
+    held, skipped = [row for row in rows if row.outcome == PASS], [row.name for row in rows if row.outcome == INFO]
+    return f"{len(held)} of {len(rows)} behaviours hold" + (f"; not tried here: {', '.join(skipped)}" if skipped else "") if rows else ""
 
 
 def machine_name(report: Report) -> str:

@@ -38,6 +38,9 @@ class Measured:
     tests      limit name -> the test that the sampler decided while sampling (its confidence pays for every look)
     dropped    samples of disturbed windows that were left out
     here       whether the machine that was measured is the target
+    built_in   checks that no recipe asks for: behaviours, and whether the graph is the model
+    blamed     the stage that an accuracy loss against the merged model is due to (`compiler.evaluation.attribution`)
+    merged     name -> value of the merged fp32 model itself, for limits that it misses already
     conditions one sentence: threads, prompt and output lengths
     """
 
@@ -49,20 +52,23 @@ class Measured:
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dropped: int = 0
     here: bool = True
+    built_in: Sequence[Check] = ()
+    blamed: str = "quantize + export"
+    merged: Mapping[str, float] = field(default_factory=dict)
     conditions: str = ""
 
 
 def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
-    """One check per limit, then INFO rows for what was measured besides."""
+    """One check per limit, the built-in checks, then INFO rows for what was measured besides."""
     made = [_check(quantity(name, f"limits.{name}"), limit, measured) for name, limit in limits.items()]
-    return made + [row for row in _info(measured) if row.name not in limits]
+    return made + list(measured.built_in) + [row for row in _info(measured) if row.name not in limits]
 
 
 def _check(what: Quantity, limit: float, measured: Measured) -> Check:
     if what.name == "size_mb":
         return Check(what.name, measured.size_mb, what.unit, limit, PASS if measured.size_mb <= limit else FAIL, note="exact")
     if what.name in measured.accuracy:
-        return _accuracy(what, limit, measured.accuracy[what.name])
+        return _accuracy(what, limit, measured.accuracy[what.name], _stage(what, limit, measured))
     if match := PERCENTILE.fullmatch(what.name):
         found = _percentile(what, limit, float(match["percentile"]), measured.series.get(match["series"], ()), measured)
     elif what.name in measured.scalars:
@@ -77,7 +83,21 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
     return found
 
 
-def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any]) -> Check:
+def built_in(name: str, measured: float, limit: float, note: str, tried: bool = True) -> Check:
+    """A behaviour as a check: PASS when `measured` is at most `limit`, INFO when it could not be tried."""
+    outcome = INFO if not tried else PASS if measured <= limit else FAIL  # NaN is at most nothing: FAIL
+    return Check(name, measured, "", limit, outcome, note=note, kind="behaviour")
+
+
+def _stage(what: Quantity, limit: float, measured: Measured) -> str:
+    """Whose doing a value is: "merge" where the merged fp32 model itself misses the limit, else the stage that cost most."""
+    own = measured.merged.get(what.name)
+    if own is not None and not (own <= limit if what.at_most else own >= limit):
+        return "merge"
+    return measured.blamed
+
+
+def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any], stage: str) -> Check:
     """Rule 2. `at_most` limits worry about the upper bound, others about the lower."""
     value, low, high = metric["value"], metric["low"], metric["high"]
     worst, best = (high, low) if what.at_most else (low, high)
@@ -88,7 +108,7 @@ def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any]) -> Check:
     exact = bool(metric.get("exact", metric.get("false_pass") is not None))
     false_pass = (1 - ACCURACY_CONFIDENCE) / 2 if exact and low is not None else None
     note = "exact interval" if exact else "bootstrap interval: its confidence is approximate" if low is not None else ""
-    return Check(what.name, value, what.unit, limit, outcome, metric["samples"], low, high, confidence, false_pass, "quantize + export", note)
+    return Check(what.name, value, what.unit, limit, outcome, metric["samples"], low, high, confidence, false_pass, stage, note)
 
 
 def _percentile(what: Quantity, limit: float | None, percentile: float, samples: Sequence[float], measured: Measured) -> Check:
