@@ -1,6 +1,6 @@
 """The one loop: sources -> plan -> steps -> verdict -> bundle. Every command that does work comes through here.
 
-open_sources   base and deltas, opened lazily and bound to each other
+Mixture.open   base and deltas, opened lazily and bound to each other (compiler.sources)
 make_plan      what will run, from which parts (compiler.plan)
 run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
 """
@@ -11,14 +11,9 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoints.resolve import open_checkpoint
-from compiler.checkpoints.view import Checkpoint
-from compiler.deltas.combine import Combine
-from compiler.deltas.load import load_delta
 from compiler.errors import OutputError, RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
 from compiler.limits import PERCENTILE
@@ -28,9 +23,9 @@ from compiler.recipe import Recipe, TargetItem
 from compiler.record import Record, Stopwatch, peak_rss_mb, versions
 from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture, Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
-from compiler.stages.merge import MergePlan, plan_merge
 from compiler.stages.quantize import predicted_bytes, quantized_view
 from compiler.stages.validate import Measured, checks
 from compiler.store import Store, writing
@@ -39,31 +34,6 @@ from targets.profile import Profile, fingerprint, load_profile
 
 MEASURE_SECONDS = 90.0  # cap of one latency measurement
 FRESH_PROCESSES = 2  # beyond the one that samples latency, for memory and load time
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Base and deltas, bound: the merged checkpoint is a view, nothing is read yet."""
-
-    merge: MergePlan
-    merged: Checkpoint
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What determines the merged weights: contents and parameters, no names or paths."""
-        record = self.merge.record()
-        deltas = [{key: row[key] for key in ("kind", "weight", "digest")} for row in record["deltas"]]
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine)}
-
-    @cached_property
-    def lineage(self) -> dict[str, Any]:
-        record = self.merge.record()
-        deltas = [
-            {"origin": row["name"], "kind": row["kind"], "weight": row["weight"], "digest": row["digest"], "touched": len(row["tensors"])}
-            for row in record["deltas"]
-        ]
-        base = {"origin": self.merge.base.origin, "digest": self.merge.base.digest}
-        return {"base": base, "deltas": deltas, "combine": str(self.merge.combine), "notes": record["notes"]}
 
 
 @dataclass(frozen=True)
@@ -77,18 +47,6 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return {"document": dict(self.document), "exit_code": self.exit_code, "bundle": str(self.bundle) if self.bundle else None}
-
-
-def open_sources(base: str, deltas: Sequence[tuple[str, float]], combine: Combine | str = "linear", folder: Path | None = None) -> Sources:
-    """Open base and deltas and bind them; raises CheckpointError, DeltaError or RecipeError before any work."""
-    checkpoint = open_checkpoint(base, relative_to=folder)
-    loaded = [load_delta(path, weight=weight, relative_to=folder) for path, weight in deltas]
-    merge = plan_merge(checkpoint, loaded, combine)
-    return Sources(merge, merge.view() if loaded else checkpoint)
-
-
-def _recipe_sources(recipe: Recipe) -> Sources:
-    return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine.checked, recipe.folder)
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -110,7 +68,7 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, and the predicted size in MB."""
-    sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
     options = plans[0].step("export").params
     size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
@@ -124,8 +82,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         known = ", ".join(item.profile for item in recipe.targets)
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
-    with progress.stage("merge", f"{recipe.base} + {len(recipe.deltas)} delta(s)"):
-        sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    with progress.stage("merge", str(mixture_of(recipe))):
+        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     return [Run(recipe, sources, data, store, progress).target(item, profile, out) for item, profile in targets]
 
 
@@ -180,7 +138,7 @@ class Run:
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
-                base = self.sources.merge.base if self.recipe.deltas else None
+                base = self.sources.merge.base if self.recipe.deltas.items else None
                 result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update, self.recipe.seed)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
@@ -358,19 +316,19 @@ def _account(out: Path, watch: Stopwatch, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "size_mb": round(size / 1e6, 3), "seconds": round(watch.seconds, 2), "peak_rss_mb": round(peak_rss_mb(), 1), **more}
 
 
-def merge_files(base: str, deltas: Sequence[tuple[str, float]], combine: Combine, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
+def merge_files(mixture: Mixture, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
     """`trimtab merge`: a merged checkpoint on disk, written block by block."""
     from compiler.checkpoints.write import write_checkpoint
 
     _empty(out)
     watch = Stopwatch()
-    sources = open_sources(base, deltas, combine)
-    with progress.stage("merge", f"{base} + {len(deltas)} delta(s)"):
+    sources = mixture.open()
+    with progress.stage("merge", str(mixture)):
         write_checkpoint(sources.merged, out, dtype=dtype, progress=progress.update)
     return _account(out, watch, lineage=sources.lineage)
 
 
-def quantize_files(base: str, deltas: Sequence[tuple[str, float]], scheme: str, out: Path, progress: Progress) -> dict[str, Any]:
+def quantize_files(mixture: Mixture, scheme: str, out: Path, progress: Progress) -> dict[str, Any]:
     """`trimtab quantize`: a float32 checkpoint seen through a weight-only scheme."""
     from compiler.checkpoints.write import write_checkpoint
 
@@ -379,18 +337,18 @@ def quantize_files(base: str, deltas: Sequence[tuple[str, float]], scheme: str, 
     if parsed.kernel != "nbits":
         raise RecipeError("--scheme", expected="a weight-only scheme such as int4-g32", found=scheme, remedy="other schemes exist only inside the graph")
     watch = Stopwatch()
-    sources = open_sources(base, deltas)
+    sources = mixture.open()
     with progress.stage("quantize", scheme):
         write_checkpoint(quantized_view(sources.merged, Schemes(parsed)), out, dtype="F32", progress=progress.update)
     return _account(out, watch, scheme=scheme)
 
 
-def export_files(base: str, deltas: Sequence[tuple[str, float]], scheme: str, task: str | None, out: Path, progress: Progress) -> dict[str, Any]:
+def export_files(mixture: Mixture, scheme: str, task: str | None, out: Path, progress: Progress) -> dict[str, Any]:
     """`trimtab export`: merge, quantize and write ONNX in one stream."""
     _empty(out)
     watch = Stopwatch()
     parsed = parse_scheme(scheme, "--scheme")
-    sources = open_sources(base, deltas)
+    sources = mixture.open()
     options = export_stage.resolve_options(sources.merged, Schemes(parsed), task, None)
     with package.staging(out) as work:
         with progress.stage("export", f"{scheme}, {options['road']} road"):
