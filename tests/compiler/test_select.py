@@ -134,11 +134,11 @@ def test_record_and_digest_know_the_selection() -> None:
 def test_merge_command_takes_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
-    from compiler import pipeline
+    from compiler import model_tools
     from compiler.cli import cli
 
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "merge_files", lambda mixture, *rest: seen.append(mixture) or {})
+    monkeypatch.setattr(model_tools, "merge_files", lambda mixture, *rest: seen.append(mixture) or {})
     options = ["merge", "base", "--delta", "a/b=0.5", "--only", "*.mlp.*", "--scale", "*.0.*=0.5", "--scale", "a=b=2", "--out", str(tmp_path)]
     assert CliRunner().invoke(cli, options, catch_exceptions=False).exit_code == 0
     assert seen[0].select == Selection(("*.mlp.*",), (("*.0.*", 0.5), ("a=b", 2.0)))
