@@ -20,7 +20,7 @@ from compiler.deltas.loha import load_loha
 from compiler.deltas.lokr import load_lokr
 from compiler.deltas.lora import load_lora
 from compiler.deltas.oft import load_boft, load_oft
-from compiler.deltas.peft import Adapter, check_finite
+from compiler.deltas.peft import Adapter, check_finite, load_tokens
 from compiler.deltas.select import EVERYTHING, Selection
 from compiler.deltas.shira import load_shira
 from compiler.deltas.sparse import FORMAT, VERSION, load_sparse
@@ -37,6 +37,7 @@ KINDS: Mapping[str, Callable[[Adapter], Delta]] = {
     "LOKR": load_lokr,
     "OFT": load_oft,
     "SHIRA": load_shira,
+    "TRAINABLE_TOKENS": load_tokens,
     "VERA": load_vera,
 }
 # kind in the metadata of a delta file of our own -> loader
