@@ -18,6 +18,7 @@ from compiler.quantizers import affine
 from compiler.scheme import Scheme, Schemes, matrix_name
 from compiler.store import cache_key
 
+
 def scheme_of(view: TensorView, schemes: Schemes, config: Mapping[str, Any]) -> Scheme | None:
     """The scheme a tensor is stored in, or None where it stays float32."""
     name = matrix_name(view.name, config)
