@@ -90,6 +90,8 @@ def make_delta(adapter: Adapter, kind: str, edits: Iterable[Edit], modules: Iter
     known = frozenset(modules)
     replaced = [_replacement(adapter, name, view, known) for name, view in rest.items() if not is_tokens(name)]
     tokens = [_tokens(adapter, name, view) for name, view in rest.items() if is_tokens(name)]
+    if adapter.config.get("trainable_token_indices") and not tokens:
+        raise wrong_delta(adapter.origin, "trainable_tokens_delta, as trainable_token_indices says", "no such rows in the file", SAVE_AGAIN)
     changed = [*edits, *tokens]
     if not changed and not replaced:
         raise wrong_delta(adapter.origin, f"{kind} factors", "none: the file holds no tensors", "train the adapter, or gather sharded weights before saving it")

@@ -294,7 +294,11 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
         "expected DoRA on layers other than a tied embedding or head, found lm_head, with ensure_weight_tying; leave these modules out",
     ),
     "qalora": (pair(Q, 6, 4), {"use_qalora": True}, "expected a plain LoRA, found QALoRA: use_qalora is set; merge this adapter with PEFT"),
-    "trainable tokens": (pair(Q, 6, 4), {"trainable_token_indices": [1]}, "trainable tokens: trainable_token_indices is set"),
+    "trainable tokens": (
+        pair(Q, 6, 4),
+        {"trainable_token_indices": [1]},
+        "expected trainable_tokens_delta, as trainable_token_indices says, found no such rows",
+    ),
     "activated": (pair(Q, 6, 4), {"alora_invocation_tokens": [1]}, "activated LoRA"),
     "pissa": (pair(Q, 6, 4), {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changed the base; save it again with save_pretrained"),
     "another kind": (pair(Q, 6, 4), {"peft_type": "HIRA"}, "expected a delta of kind LORA, .*, found HIRA; merge it with PEFT.*: HIRA is not built"),
