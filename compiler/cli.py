@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from compiler.store import Store
 
 LIMITS = click.option("--limit", "limits", multiple=True, metavar="KEY=VALUE", help="A limit laid over the bundle's own, e.g. tpot_p95_ms=12.")
+JUNIT = click.option("--junit", type=click.Path(path_type=Path), help="File for the verdict as JUnit XML.")
+MAX_SECONDS = click.option(
+    "--max-seconds", type=click.FloatRange(0), default=0.0, metavar="S", help="Cap on measuring a target; what is undecided then is INCONCLUSIVE. 0: none."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -70,19 +74,24 @@ def _store() -> Store:
 @click.option("--target", "targets", multiple=True, help="Only these profiles of the recipe; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder that receives the bundles.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe, e.g. quantize.scheme=int4-g32.")
+@JUNIT
+@MAX_SECONDS
 @AS_JSON
-def compile_command(recipe: Path, targets: tuple[str, ...], out: Path, settings: tuple[str, ...], as_json: bool) -> None:
+def compile_command(recipe: Path, targets: tuple[str, ...], out: Path, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compile RECIPE: merge, quantize, export, validate, package. Publishes a bundle only when its verdict is PASS.
 
     \b
     Example:
       trimtab compile recipe.yaml --out out --set quantize.scheme=int4-g32
     """
+    from compiler.judge import write_junit
     from compiler.pipeline import compile_recipe
     from compiler.recipe import load_recipe
     from compiler.report.summary import print_report, summary_line
 
-    outcomes = compile_recipe(load_recipe(recipe, settings), _store(), out, _progress(as_json), only=targets)
+    outcomes = compile_recipe(load_recipe(recipe, settings), _store(), out, _progress(as_json), targets, options["max_seconds"])
+    if options["junit"]:
+        write_junit(outcomes, options["junit"])
     if as_json:
         _print_json([outcome.as_dict() for outcome in outcomes])
     else:
@@ -211,19 +220,24 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
 @click.option("--target", help="Profile name or file; default: the bundle's own target.")
 @LIMITS
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html and report.json.")
-@click.option("--junit", type=click.Path(path_type=Path), help="File for JUnit XML.")
+@JUNIT
+@MAX_SECONDS
 @AS_JSON
-def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], report: Path | None, junit: Path | None, as_json: bool) -> None:
-    """Verify BUNDLE, measure it on this machine, and decide its limits again.
+def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Verify BUNDLE, try its behaviours, measure it on this machine, and decide its limits again.
 
     \b
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
     """
-    from compiler.judge import validate_bundle
+    from compiler.judge import validate_bundle, write_folder, write_junit
     from compiler.report.summary import print_report, summary_line
 
-    outcome = validate_bundle(bundle, target, limits, report, junit, _progress(as_json))
+    outcome = validate_bundle(bundle, target, limits, _progress(as_json), options["max_seconds"])
+    if options["report"]:
+        write_folder(outcome.document, options["report"])
+    if options["junit"]:
+        write_junit([outcome], options["junit"])
     if as_json:
         _print_json(outcome.as_dict())
     else:

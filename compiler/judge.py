@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compiler.evaluation.attribution import blamed
 from compiler.limits import PERCENTILE
 from compiler.progress import Progress
-from compiler.report.verdict import Verdict
+from compiler.record import Stopwatch
+from compiler.report.verdict import Check, Verdict
 from compiler.stages import package
-from compiler.stages.validate import Measured, checks
+from compiler.stages.validate import FAITHFUL, Measured, built_in, checks
 from compiler.store import writing
+from runtimes.behaviours import Finding, behaviours
+from runtimes.bundle import open_bundle
 from targets.machine import usable_cores
 from targets.profile import Profile, fingerprint, load_profile
 
@@ -33,36 +37,87 @@ class Outcome:
         return {"document": dict(self.document), "exit_code": self.exit_code, "bundle": str(self.bundle) if self.bundle else None}
 
 
-def measure(
-    bundle: Path, limits: Mapping[str, float], accuracy: Mapping[str, Any], profile: Profile, progress: Progress, metrics: Sequence[str] = ()
-) -> tuple[Measured, dict[str, Any]]:
-    """Latency, memory and load time of a bundle folder in fresh processes, and the raw series for the report.
+@dataclass(frozen=True)
+class Evaluated:
+    """What is known of a bundle's answers: it belongs to the bytes, not to the machine.
 
-    metrics  accuracy metrics to report besides those that are limited; empty for all
+    accuracy  name -> {value, low, high, samples}
+    stages    rows of `compiler.evaluation.attribution`
+    faithful  whether the graph is the model; None for bundles of an older trimtab
+    """
+
+    accuracy: Mapping[str, Mapping[str, Any]]
+    stages: Sequence[Mapping[str, Any]]
+    faithful: Check | None
+
+    @staticmethod
+    def of(result: Mapping[str, Any]) -> Evaluated:
+        """From what the evaluate step found."""
+        same = result["faithful"]
+        note = f"against the model in torch with the same stored weights, {same['tokens']} tokens"
+        return Evaluated(result["metrics"], result["stages"], built_in(FAITHFUL, same["value"], same["tolerance"], note))
+
+    @staticmethod
+    def read(document: Mapping[str, Any], names: Collection[str]) -> Evaluated:
+        """From a bundle's report; `names` are the metrics that were evaluated when it was built."""
+        rows = document["verdict"]["checks"]
+        accuracy = {row["name"]: {**row, "value": row["measured"]} for row in rows if row["name"] in names}
+        same = next((row for row in rows if row["name"] == FAITHFUL), None)
+        note = "as found when the bundle was built"
+        return Evaluated(accuracy, document.get("stages", ()), same and built_in(FAITHFUL, float(same["measured"]), float(same["limit"]), note))
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """Metrics of the merged fp32 model itself, under the bundle's names."""
+        return {name.removesuffix("_reference"): metric["value"] for name, metric in self.accuracy.items() if name.endswith("_reference")}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to find out: limits by name, accuracy metrics to report besides them (empty for all), seconds that measuring may take in all (0: no cap)."""
+
+    limits: Mapping[str, float]
+    metrics: Sequence[str] = ()
+    max_seconds: float = 0.0
+
+
+def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, progress: Progress) -> tuple[Measured, dict[str, Any]]:
+    """Behaviours, then latency, memory and load time of a bundle folder in fresh processes; also the raw series for the report.
+
+    After `asked.max_seconds` no further process is started and no further sample taken: what is undecided then is INCONCLUSIVE.
     """
     from runtimes.bench import BenchOptions, measure_in_child
 
-    timed = {name: value for name, value in limits.items() if PERCENTILE.fullmatch(name) and value > 0}
-    options = BenchOptions(limits=timed, seconds=MEASURE_SECONDS, threads=min(profile.threads, usable_cores()))
+    watch, threads = Stopwatch(), min(profile.threads, usable_cores())
+    found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads, progress.update)]
+    timed = {name: value for name, value in asked.limits.items() if PERCENTILE.fullmatch(name) and value > 0}
+    left = max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
+    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, threads=threads)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
-    short = replace(options, limits={}, least=3, most=3, seconds=10.0)
-    again = [measure_in_child(bundle, short) for _ in range(FRESH_PROCESSES)]
-    here = profile.fingerprint == fingerprint()
-    conditions = ", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed")
+    short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
+    while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
+        fresh.append(measure_in_child(bundle, short))
     series = {name.removesuffix("_ms"): values for name, values in result.series.items() if name.endswith("_ms")}
-    shown = {name: metric for name, metric in accuracy.items() if not metrics or name in (*metrics, *limits)}
+    shown = {name: metric for name, metric in known.accuracy.items() if not asked.metrics or name in (*asked.metrics, *asked.limits)}
     measured = Measured(
         size_mb=package.device_bytes(bundle) / 1e6,
         accuracy=shown,
         series=series,
-        scalars={"peak_rss_mb": [one.peak_rss_mb for one in (result, *again)], "load_s": [one.load_s for one in (result, *again)]},
+        scalars={"peak_rss_mb": [one.peak_rss_mb for one in fresh], "load_s": [one.load_s for one in fresh]},
         medians={name: values for name, values in result.series.items() if name.endswith("_tok_s")},
         tests={test["name"]: test for test in result.tests},
         dropped=result.dropped,
-        here=here,
-        conditions=conditions,
+        here=profile.fingerprint == fingerprint(),
+        built_in=[*found, *([known.faithful] if known.faithful else [])],
+        blamed=blamed(known.stages),
+        merged=known.merged,
+        conditions=", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed"),
     )
     return measured, {**{f"{name}_ms": values for name, values in series.items()}, "dropped": result.dropped}
+
+
+def behaviour_check(finding: Finding) -> Check:
+    return built_in(finding.name, finding.measured, finding.limit, finding.note, not finding.skipped)
 
 
 def write_reports(document: Mapping[str, Any], folder: Path) -> None:
@@ -74,15 +129,14 @@ def write_reports(document: Mapping[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(render_html(document), encoding="utf-8")
 
 
-def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], report: Path | None, junit: Path | None, progress: Progress) -> Outcome:
+def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], progress: Progress, max_seconds: float = 0.0) -> Outcome:
     """Verify a bundle, let it answer its self-test, measure it here and judge it by its own limits with `limits` laid over.
 
     Accuracy is taken from the manifest's records: it belongs to the bytes, which were just verified, not to the machine.
     """
     from compiler.recipe import parse_limits
     from compiler.report.document import load_document
-    from compiler.report.junit import render_junit
-    from runtimes.bundle import open_bundle, verify_bundle
+    from runtimes.bundle import verify_bundle
     from runtimes.selftest import run_selftest
 
     extra = parse_limits(limits)
@@ -92,22 +146,30 @@ def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], rep
     manifest = open_bundle(bundle).manifest
     profile = load_profile(target or manifest["target"]["id"])
     built = load_document(bundle / "report.json")
-    asked = {**manifest["limits"], **extra}
-    accuracy = {row["name"]: {**row, "value": row["measured"]} for row in built["verdict"]["checks"] if row["name"] in _evaluated(manifest)}
+    asked = Asked({**manifest["limits"], **extra}, max_seconds=max_seconds)
     if not target and manifest["target"]["fingerprint"]:
         profile = replace(profile, fingerprint=manifest["target"]["fingerprint"])
-    with progress.stage("measure", "latency and memory on this machine"):
-        measured, series = measure(bundle, asked, accuracy, profile, progress)
-    verdict = Verdict(profile.id, checks(asked, measured))
+    with progress.stage("measure", "behaviours, latency and memory on this machine"):
+        measured, series = measure(bundle, asked, Evaluated.read(built, _evaluated(manifest)), profile, progress)
+    verdict = Verdict(profile.id, checks(asked.limits, measured))
     document = {**built, "verdict": verdict.as_dict(), "latency": series, "target": {**built["target"], "id": profile.id}}
-    if report:
-        with writing(report):
-            report.mkdir(parents=True, exist_ok=True)
-            write_reports(document, report)
-    if junit:
-        with writing(junit):
-            junit.write_text(render_junit(document), encoding="utf-8")
-    return Outcome(document, verdict.exit_code, bundle, report)
+    return Outcome(document, verdict.exit_code, bundle, None)
+
+
+def write_folder(document: Mapping[str, Any], folder: Path) -> None:
+    """A folder with report.json and report.html. Raises OutputError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reports(document, folder)
+
+
+def write_junit(outcomes: Sequence[Outcome], file: Path) -> None:
+    """The verdicts as JUnit XML, a suite a target. Raises OutputError."""
+    from compiler.report.junit import render_junit
+
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(render_junit(*(outcome.document for outcome in outcomes)), encoding="utf-8")
 
 
 def _evaluated(manifest: Mapping[str, Any]) -> set[str]:

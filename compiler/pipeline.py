@@ -58,7 +58,7 @@ def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     return [{"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "steps": plan.rows(store)} for plan in plans]
 
 
-def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = ()) -> list[Outcome]:
+def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
     """The main job, for every target of the recipe (or those in `only`). Raises TrimtabError; a missed limit is an Outcome."""
     unknown = sorted(set(only) - {item.profile for item in recipe.targets})
     if unknown:
@@ -67,7 +67,7 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    return [Run(recipe, sources, data, store, progress).target(item, profile, out) for item, profile in targets]
+    return [Run(recipe, sources, data, store, progress, max_seconds).target(item, profile, out) for item, profile in targets]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Run:
     data: EvaluationSet
     store: Store
     progress: Progress
+    max_seconds: float = 0.0  # cap on measuring one target; 0 for none
 
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
@@ -94,9 +95,10 @@ class Run:
             facts = self._facts(profile, item.limits, summary["model"], records)
             package.write_manifest(work, facts)
             self._selftest(work)
-            with self.progress.stage("measure", f"latency and memory on this machine, at most {judge.MEASURE_SECONDS:.0f} s"):
+            with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
                 watch = Stopwatch()
-                measured, series = judge.measure(work, item.limits, evaluation["metrics"], profile, self.progress, self.recipe.evaluate.metrics)
+                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds)
+                measured, series = judge.measure(work, asked, judge.Evaluated.of(evaluation), profile, self.progress)
             records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
@@ -170,7 +172,7 @@ def _document(
         "records": [record.as_dict() for record in records],
         "layers": list(layers),
         "latency": dict(series),
-        "stages": [],
+        "stages": evaluation["stages"],
         "task": evaluation["task"],
         "samples": evaluation["samples"],
         "evaluation": evaluation.get("data", {}),

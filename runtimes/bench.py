@@ -52,7 +52,10 @@ REPORT_EVERY_S = 0.25
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's."""
+    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's.
+
+    seconds caps the time of samples that count, max_seconds that of all sampling, disturbed windows included (0: three times `seconds`).
+    """
 
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -64,6 +67,7 @@ class BenchOptions:
     least: int = 20
     most: int = 2000
     seconds: float = 120.0
+    max_seconds: float = 0.0
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,7 +128,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
     started = time.perf_counter()
     call = _decoder_call(bundle, settings, options) if bundle.kind == "decoder" else _encoder_call(bundle, settings, options)
     load_s = time.perf_counter() - started
-    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds)
+    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
     with Spin(settings.resolved_threads()) as spin:
         samples = collect(call, limits, budget, spin, report)
     names = list(options.limits)
@@ -293,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=MS", help="e.g. ttft_p95_ms=400; sampling goes on until it is decided")
     for entry in fields(BenchOptions):
         if entry.name != "limits":
-            parser.add_argument(f"--{entry.name.replace('_', '-')}", type=float if entry.name == "seconds" else int, default=entry.default)
+            parser.add_argument(f"--{entry.name.replace('_', '-')}", type=float if entry.name.endswith("seconds") else int, default=entry.default)
     given = vars(parser.parse_args(arguments))
     bundle, progress = given.pop("bundle"), given.pop("progress")
     given.pop("json")

@@ -44,6 +44,7 @@ class Budget:
     seconds: float = 120.0
     window_ms: float = 40.0
     confidence: float = CONFIDENCE
+    max_seconds: float = 0.0  # the hard end, dropped windows included; 0: BUSY_FACTOR times `seconds`
 
     def __post_init__(self) -> None:
         if not (1 <= self.least <= self.most and self.seconds > 0):
@@ -131,7 +132,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
             report(kept, budget.most, seconds)
         decided = kept >= budget.least and all(question.result is not None for question in questions)
         spent = kept >= budget.most or seconds - lost >= budget.seconds
-        if decided or spent or kept + dropped >= BUSY_FACTOR * budget.most or seconds >= BUSY_FACTOR * budget.seconds:
+        if decided or spent or kept + dropped >= BUSY_FACTOR * budget.most or seconds >= (budget.max_seconds or BUSY_FACTOR * budget.seconds):
             break
     for question in questions:
         question.look(values[question.limit.series], last=True)

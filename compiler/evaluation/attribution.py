@@ -77,9 +77,7 @@ class TokenStages:
 def text_stages(reference: np.ndarray, quantized: np.ndarray, bundle: np.ndarray) -> list[dict[str, Any]]:
     """Encoders: 1 - mean cosine to the merged model's output, [texts, width] each."""
     pairs = (("merge", reference), ("quantize", quantized), ("export", bundle))
-    return [
-        {"stage": stage, "metric": "cosine_loss", "value": float(1 - cosine(reference, output).mean()), "samples": len(output)} for stage, output in pairs
-    ]
+    return [{"stage": stage, "metric": "cosine_loss", "value": float(1 - cosine(reference, output).mean()), "samples": len(output)} for stage, output in pairs]
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ from runtimes.bundle import read_json_object
 from runtimes.decode import DecodeLoop, read_layout
 from runtimes.session import open_session
 
-NAME = "export_faithful"
 TOLERANCE = 1e-3
 LENGTHS = (40, 17, 5)
 STEPS = 3
@@ -82,7 +81,7 @@ def check(model: Any, directory: Path, facts: Mapping[str, Any]) -> dict[str, An
     """
     compare = decoder_difference if facts["kind"] == "decoder" else encoder_difference
     value, tokens = compare(model, directory, facts)
-    return {"name": NAME, "value": value, "tolerance": TOLERANCE, "tokens": tokens}
+    return {"value": value, "tolerance": TOLERANCE, "tokens": tokens}
 
 
 def decoder_difference(model: Any, directory: Path, facts: Mapping[str, Any]) -> tuple[float, int]:

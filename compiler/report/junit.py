@@ -23,9 +23,19 @@ from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO
 ELEMENTS = {FAIL: "failure", INCONCLUSIVE: "error", INFO: "skipped"}
 
 
-def render_junit(document: Mapping[str, Any] | Report) -> str:
-    """JUnit XML of one report (the schema that Jenkins and GitLab read). Raises BundleError for a document that is no report."""
-    report = read_document(document)
+def render_junit(*documents: Mapping[str, Any] | Report) -> str:
+    """JUnit XML of one or more reports, a suite each (the schema that Jenkins and GitLab read). Raises BundleError for a document that is no report."""
+    root = ElementTree.Element("testsuites", {"name": "trimtab"})
+    root.extend(suite_of(read_document(document)) for document in documents)
+    for total in ("tests", "failures", "errors"):
+        root.set(total, str(sum(int(suite.get(total, "0")) for suite in root)))
+    root.set("time", f"{sum(float(suite.get('time', '0')) for suite in root):.3f}")
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def suite_of(report: Report) -> ElementTree.Element:
+    """One report as a <testsuite>."""
     suite = ElementTree.Element("testsuite", name=words.one_line(f"trimtab {report.name} on {report.target_id or 'target'}"))
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in facts(report).items():
@@ -39,10 +49,7 @@ def render_junit(document: Mapping[str, Any] | Report) -> str:
     counts = {kind: str(len(suite.findall(f"testcase/{kind}"))) for kind in ("failure", "error", "skipped")}
     totals = {"tests": str(len(suite.findall("testcase"))), "failures": counts["failure"], "errors": counts["error"], "time": elapsed(report)}
     suite.attrib.update(totals | {"skipped": counts["skipped"]})
-    root = ElementTree.Element("testsuites", {"name": "trimtab"} | totals)
-    root.append(suite)
-    ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    return suite
 
 
 def add_case(suite: ElementTree.Element, classname: str, check: CheckRow) -> None:

@@ -24,6 +24,7 @@ from runtimes.metrics import percentile_test
 
 ACCURACY_CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
+FAITHFUL = "export_faithful"  # the name of what `compiler.evaluation.faithful` checks
 
 
 @dataclass(frozen=True)
