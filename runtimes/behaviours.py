@@ -109,8 +109,10 @@ class Subject:
 
     @property
     def prompts(self) -> list[list[int]]:
-        avoid = [self.opened(SHIPPED).pad_id] if self.bundle.kind == "encoder" else []
-        return probes(self.vocab, avoid=avoid)
+        tool = self.opened(SHIPPED)
+        encodes = isinstance(tool, Encoder)
+        most = tool.max_length if encodes else tool.context_length - 1
+        return probes(self.vocab, [min(length, most) for length in LENGTHS], [tool.pad_id] if encodes else [])
 
     def answers(self, settings: SessionSettings, rows: Sequence[Sequence[int]], chunk: int = 0) -> Floats:
         """Last-token logits [rows, vocab], or the encoder's output of each row's first token or vector [rows, width]."""

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, PercentileTest, look_confidence, min_samples, percentile_test
+from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, PercentileTest, design_effect, look_confidence, min_samples, percentile_test
 from targets.errors import TrimtabError
 from targets.spin import Spin
 
-FIRST_FAIL_LOOK = 4
+FIRST_FAIL_LOOK = 24
+FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
 BUSY_FACTOR = 3  # times the caps, dropped windows included
 WARMUP_MOST = 8
 WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
@@ -80,22 +81,30 @@ class _Question:
         self.limit, self._confidence = limit, confidence
         self.looks = 0
         self._fail_look = 1
-        self._next_pass = min_samples(limit.percentile, 0, look_confidence(1, confidence))
+        self._next_pass = max(FIRST_PASS_LOOK, min_samples(limit.percentile, 0, look_confidence(1, confidence)))
         self._next_fail = FIRST_FAIL_LOOK
         self.result: PercentileTest | None = None
+
+    @property
+    def next_look(self) -> int:
+        """Samples at which looking is worth while again."""
+        return min(self._next_fail, self._next_pass)
 
     def look(self, values: Sequence[float], last: bool = False) -> None:
         """Look when it is time to, or for the last time; keeps the result once it is decided, and when it is the last."""
         if self.result is not None:
             return
         if len(values) >= self._next_fail or last:
-            test = percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(self._fail_look, self._confidence))
+            test = self._test(values, self._fail_look)
             self._fail_look, self._next_fail = self._fail_look + 1, 2 * self._next_fail
             self.result = test if test.outcome == FAIL else None
         if self.result is None and (len(values) >= self._next_pass or last):
-            test = percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(self.looks + 1, self._confidence))
+            test = self._test(values, self.looks + 1)
             self.looks, self._next_pass = self.looks + 1, 2 * self._next_pass
             self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
+
+    def _test(self, values: Sequence[float], look: int) -> PercentileTest:
+        return percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(look, self._confidence), design_effect(values))
 
 
 def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> Samples:

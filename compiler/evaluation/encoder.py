@@ -9,7 +9,7 @@ import numpy as np
 
 from compiler.errors import RecipeError
 from compiler.evaluation.data import Row
-from compiler.evaluation.decoder import LEAST_SEQUENCES, paired_drop, share
+from compiler.evaluation.decoder import cluster_interval, paired_drop, share
 
 BATCH = 16
 MAX_SENTENCES = 256
@@ -72,10 +72,10 @@ def pool(hidden: np.ndarray, mask: np.ndarray, spec: Mapping[str, Any]) -> np.nd
 
 def output_metrics(reference: np.ndarray, bundle: np.ndarray) -> dict[str, Any]:
     """Cosine per text: mean with a bootstrap interval over texts, and the smallest."""
-    from runtimes.metrics import bootstrap_interval, cosine
+    from runtimes.metrics import cosine
 
     cosines = cosine(reference, bundle)
-    low, high = bootstrap_interval(cosines, seed=0) if len(cosines) >= LEAST_SEQUENCES else (-1.0, 1.0)
+    low, high = np.clip(cluster_interval(cosines, np.arange(len(cosines))), -1.0, 1.0).tolist()
     return {
         "cosine_mean": {"value": float(cosines.mean()), "low": low, "high": high, "samples": len(cosines)},
         "cosine_min": {"value": float(cosines.min()), "low": None, "high": None, "samples": len(cosines)},

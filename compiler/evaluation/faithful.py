@@ -3,7 +3,8 @@
 An accuracy limit cannot tell a wrong graph from a coarse scheme: a swapped projection in one layer of thirty may cost no more than four bits do. So the
 loss of rounding is taken out on both sides.
 
-1. The torch model gets the weights that the scheme leaves: dequantize(quantize(W)) by `quantizers.affine`, the slow twin of what filled the file (`see_through`).
+1. The torch model gets the weights that the scheme leaves: dequantize(quantize(W)) by `quantizers.affine`, the slow twin of what filled the file
+   (`see_through`).
 2. The graph runs with float32 activations (`SessionSettings.exact`; DynamicQuantizeMatMul as DequantizeLinear and MatMul).
 3. What remains is the order of float32 sums: max |a - b| / std(a) over the logits of a position is 1e-5 to 1e-4. TOLERANCE is ten times that.
 
@@ -14,7 +15,7 @@ beyond their length, and rows of an untied input table that no probe names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from compiler.evaluation.encoder import pool
 from compiler.graph.encoder_quantize import dequantize_channels, quantize_channels
 from compiler.graph.passes import float_activations
 from compiler.quantizers import affine
-from compiler.scheme import Scheme, parse_scheme
-from compiler.stages.quantize import matrix_name
+from compiler.scheme import Scheme, matrix_name, parse_scheme
 from runtimes.behaviours import EXACT, difference, probes
 from runtimes.bundle import read_json_object
 from runtimes.decode import DecodeLoop, read_layout
@@ -38,14 +38,17 @@ LENGTHS = (40, 17, 5)
 STEPS = 3
 BLOCK_ELEMENTS = 1 << 17
 
+Made = Callable[[str], np.ndarray | None]
 Layers = Sequence[Mapping[str, Any]]  # rows of export.json: name, scheme
 
 
-def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any], made: Made | None = None) -> Any:
     """The torch model with every stored tensor as its scheme leaves it, in place; returns it.
 
     layers, facts  of export.json: name and scheme of each matrix; kind and default scheme of the model
+    made           float32 [out, in] of the fused matrices that a calibrated quantizer made; None, or None for a name: round to nearest
     """
+    places: dict[str, int] = {}  # rows of a fused matrix that are taken; parameters come in its order: q, k, v; gate, up
     schemes = {part: parse_scheme(row["scheme"]) for row in layers for part in str(row["name"]).split("+")}
     halved = facts["kind"] == "encoder" and facts["scheme"] == "fp16"  # an encoder's norms and positions are float16 too
     for name, parameter in model.named_parameters():
@@ -53,7 +56,14 @@ def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Ma
         scheme = schemes.get(name) or schemes.get(fused) or (schemes.get("lm_head") if fused == "model.embed_tokens" else None)
         if scheme is None:
             scheme = Scheme(16) if halved and not name.endswith("bias") else Scheme()
-        round_through(parameter.data.numpy(), scheme)
+        weight = parameter.data.numpy()
+        stored = made(fused) if made is not None and weight.ndim == 2 else None
+        if stored is None:
+            round_through(weight, scheme)
+        else:
+            start = places.get(fused, 0)
+            weight[...] = stored[start : start + len(weight)]
+            places[fused] = start + len(weight)
     return model
 
 

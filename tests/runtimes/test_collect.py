@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from runtimes.collect import Budget, Limit, Samples, collect, warm_up
+from runtimes.collect import FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
 from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
 from targets.errors import TrimtabError
 from targets.spin import Spin, SpinReading
@@ -69,7 +69,7 @@ def test_a_close_call_ends_at_the_cap_without_a_verdict() -> None:
 def test_sampling_goes_on_until_every_limit_is_decided() -> None:
     samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0), Limit("ttft_ms", 95, 20.0), Limit("ttft_ms", 90, 5.0)], budget())
     assert [test.outcome for _, test in samples.tests] == [PASS, PASS, FAIL]
-    assert [test.samples for _, test in samples.tests] == [min_samples(50, 0, look_confidence(1)), P95_FIRST_LOOK, 4]
+    assert [test.samples for _, test in samples.tests] == [FIRST_PASS_LOOK, P95_FIRST_LOOK, FIRST_FAIL_LOOK]
 
 
 def test_disturbed_windows_are_dropped_and_counted() -> None:

@@ -143,15 +143,22 @@ def test_cosine_and_accuracy() -> None:
         metrics.accuracy([], [])
 
 
-def test_bootstrap_covers_repeats_and_respects_groups() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.normal(5, 1, 400)
-    low, high = metrics.bootstrap_interval(values, seed=0)
-    assert (low, high) == metrics.bootstrap_interval(values, seed=0)
-    assert low < 5 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
-    # 20 windows of 20 equal tokens: only 20 independent values, so the interval is wider
-    grouped = np.repeat(rng.normal(5, 1, 20), 20)
-    wide = metrics.bootstrap_interval(grouped, seed=0, groups=np.repeat(np.arange(20), 20).tolist())
-    naive = metrics.bootstrap_interval(grouped, seed=0)
-    assert wide[1] - wide[0] > 2 * (naive[1] - naive[0])
-    assert metrics.bootstrap_interval([2.0], seed=0) == (2.0, 2.0)
+def test_dependent_samples_are_worth_fewer() -> None:
+    rng = np.random.default_rng(2)
+    noise, chain = rng.standard_normal(1000), [0.0]
+    for value in noise:
+        chain.append(0.9 * chain[-1] + value)
+    effects = [metrics.design_effect(np.exp(row)) for row in (noise, np.array(chain[1:]))]
+    assert effects[0] < 1.5 and 10 < effects[1] < 35  # (1 + 0.9) / (1 - 0.9) = 19
+    assert metrics.design_effect([1.0] * 50) == metrics.design_effect([1.0, 2.0]) == 1.0
+    assert metrics.design_effect(np.arange(100)) > 20  # a trend
+
+
+def test_an_effect_takes_samples_away() -> None:
+    values = [1.0] * 200
+    assert percentile_test(values, 1.5, 95).outcome == PASS
+    assert percentile_test(values, 1.5, 95, effect=3.0).outcome == INCONCLUSIVE
+    assert percentile_test(values, 1.5, 95, effect=3.0).false_pass == pytest.approx(0.95 ** (200 // 3))
+    mixed = [1.0] * 150 + [2.0] * 50
+    assert percentile_test(mixed, 1.5, 90).outcome == FAIL and percentile_test(mixed, 1.5, 90, effect=20.0).outcome == INCONCLUSIVE
+    assert percentile_test([1.0] * 3, 1.5, 50, effect=9.0).outcome == INCONCLUSIVE  # worth no sample at all
