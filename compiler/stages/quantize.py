@@ -106,7 +106,7 @@ def resolve_method(checkpoint: Checkpoint, schemes: Schemes, methods: Mapping[st
 
 def method_of(name: str, methods: Mapping[str, str]) -> str:
     """The method of a fused matrix: the last pattern that matches, else rtn."""
-    return next((method for pattern, method in reversed(methods.items()) if fnmatchcase(name, pattern)), "rtn")
+    return next((method for pattern, method in reversed(list(methods.items())) if fnmatchcase(name, pattern)), "rtn")
 
 
 def matrices(checkpoint: Checkpoint) -> dict[str, list[TensorView]]:
@@ -194,7 +194,7 @@ class MatrixQuantizer:
 def save_packed(path: Path, packed: Packed) -> None:
     """codes, scales and zero points of one matrix in a file."""
     arrays = {"codes": packed.codes, "scales": packed.scales} | ({} if packed.zero_points is None else {"zero_points": packed.zero_points})
-    np.savez(path, **arrays)
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's own `allow_pickle` is not among the names
 
 
 def codes_in(directory: Path) -> Callable[[str], Packed | None]:
