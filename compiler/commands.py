@@ -154,17 +154,16 @@ def show_target(name: str) -> dict[str, Any]:
 
 def probe_target(seconds: float, out: Path | None, progress: Progress, as_json: bool) -> str:
     """Measure this machine; write the profile as YAML to `out`, or return it as text."""
-    import yaml
-
     from compiler.store import writing
     from targets.probe import probe
+    from targets.profile import dump_profile
 
     with progress.stage("probe", f"this machine, about {seconds:.0f} s"):
         profile = probe(seconds, lambda item, done, total: progress.update(item, done, total))
     fields = profile.as_dict()
-    text = json.dumps(fields, indent=2) if as_json else yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    text = json.dumps(fields, indent=2) if as_json else dump_profile(profile)
     if out is None:
         return text
     with writing(out):
-        out.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        out.write_text(dump_profile(profile), encoding="utf-8")
     return text if as_json else f"wrote {out}"

@@ -51,7 +51,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column)."""
+    """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column).
+
+    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m.
+    """
 
     op: str
     bits: int
@@ -61,6 +64,8 @@ class KernelTime:
     m: int
     threads: int
     us: float
+    symmetric: bool = True
+    context: int = 0
 
     @property
     def gop_s(self) -> float:
@@ -86,6 +91,15 @@ class Profile:
     fp32_gflop_s: float | None = None
     int8_gop_s: float | None = None
     storage_read_mb_s: float | None = None
+    open_mb_s: float | None = None  # weights that a session makes ready a second, with the file in the system's cache
+    parallel_us: float | None = None  # starting and joining all threads once, inside an operator
+    run_us: float | None = None  # one run of a session, beside its operators
+    gpu: str = ""
+    gpu_memory_bytes: int | None = None
+    gpu_read_gb_s: float | None = None  # device memory
+    gpu_fp32_gflop_s: float | None = None
+    gpu_fp16_gflop_s: float | None = None
+    gpu_copy_gb_s: float | None = None  # host to device and back
     spin_ms: float | None = None
     onnxruntime: str = ""
     fingerprint: str = ""
@@ -160,7 +174,11 @@ def dump_profile(profile: Profile) -> str:
     """The YAML text of a profile; `load_profile` reads it back equal."""
     import yaml
 
-    text: str = yaml.safe_dump(profile.as_dict(), sort_keys=False, width=160, allow_unicode=True)
+    plain = profile.as_dict()
+    rows = plain.pop("kernels", [])
+    text: str = yaml.safe_dump(plain, sort_keys=False, width=160, allow_unicode=True)
+    if rows:  # one line a row
+        text += "kernels:\n" + "".join(f"- {yaml.safe_dump(row, sort_keys=False, width=1000, default_flow_style=True)}" for row in rows)
     return text
 
 
