@@ -1,9 +1,9 @@
 """Prediction against measurement on this machine: SmolLM2 at several schemes and MiniLM, after a probe.
 
-    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g64,int4-g32-asym] [--profile FILE] [--rounds 2] [--out benchmarks/results/predict.json]
+    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g64,int4-g32-asym] [--encoder-schemes fp32] [--profile FILE] [--rounds 2]
 
-Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower quartile of
-the requests, as the kernel table's is. The probe runs before; with --profile a profile probed earlier is used.
+Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower
+quartile of the requests, as the kernel table's is of its runs. The probe runs before; with --profile one that was probed earlier is used.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
             if not folder.exists():
                 build(base, scheme, folder)
         if not given.profile:
-            probe_target(given.seconds, profile_file, Progress(quiet=True), False)
+            probe_target(given.seconds, profile_file, Progress(quiet=True))
         profile = load_profile(profile_file)
         rows = [row for name, folder, _, _ in bundles for row in compare(folder, name, profile, given.rounds, given.requests)]
     for row in rows:

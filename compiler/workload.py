@@ -45,8 +45,11 @@ class MatrixUse:
 
     @property
     def resident_bytes(self) -> int:
-        """In memory once a session is open: float32 where arithmetic is float32, else about what is stored."""
-        return 4 * self.shape[0] * self.shape[1] if self.scheme.kernel in ("float", "stored") else self.bytes
+        """In memory once a session is open: float32 where arithmetic is float32; MatMulNBits packs a scale and a sum, float32 each, beside a block's codes."""
+        size = self.shape[0] * self.shape[1]
+        if self.scheme.kernel == "nbits" and self.scheme.group_size:
+            return size * self.scheme.bits // 8 + 8 * size // self.scheme.group_size
+        return self.bytes if self.scheme.kernel == "dynamic" else 4 * size
 
 
 def matrices(checkpoint: Checkpoint, schemes: Schemes, decoder: bool = True) -> list[MatrixUse]:
@@ -90,7 +93,8 @@ def _decoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
         Operator(Case("QuickGelu", 32, 0, spec.intermediate, 1), layers),
         Operator(Case("Mul", 32, 0, spec.intermediate, 1), layers),
     ]
-    table = sum(use.bytes for use in uses if use.name == "lm_head" and spec.tied and use.scheme.quantized)  # the lookup keeps the codes beside the head's packed ones
+    # the lookup of a tied table keeps the codes beside the head's packed ones
+    table = sum(use.bytes for use in uses if use.name == "lm_head" and spec.tied and use.scheme.quantized)
     return Workload(
         "decoder",
         tuple(operators),

@@ -195,7 +195,7 @@ def copies(case: Case, point: Point) -> int:
 def case_model(case: Case, count: int = 1) -> bytes:
     """The model of a case: `count` copies side by side on one input. Raises KeyError for an operator that the table does not hold."""
     build = OPERATORS[case.op]
-    nodes, constants, outputs = [], {}, []
+    nodes, constants, outputs = list[Node](), dict[str, NDArray[Any]](), list[Value]()
     inputs = [input_value(case)]
     if case.op == "GroupQueryAttention":
         inputs += [Value("seqlens", (1,), INT32), Value("total", (1,), INT32)]
@@ -265,9 +265,8 @@ class CaseRun:
             binding.bind_input(value.name, "cpu", 0, held.dtype.type, list(held.shape), held.ctypes.data)
         shared: dict[tuple[Any, ...], NDArray[Any]] = {}  # copies write their results to one place, as layers do
         for value in self.session.get_outputs():
-            held = caches.get(value.name)
-            if held is None:
-                held = shared.setdefault((value.name.rstrip("0123456789"), *value.shape), array(value))
+            kind = (value.name.rstrip("0123456789"), *value.shape)
+            held = caches[value.name] if value.name in caches else shared.setdefault(kind, array(value))
             binding.bind_output(value.name, "cpu", 0, held.dtype.type, list(held.shape), held.ctypes.data)
         keep.append(binding)
         return lambda: (self.session.run_with_iobinding(binding), keep)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from targets.errors import TargetError
-from targets.machine import fingerprint, onnxruntime_version, this_machine
+from targets.machine import cache_folder, fingerprint, onnxruntime_version, this_machine
 
 __all__ = [
     "KernelTime",
@@ -27,6 +27,8 @@ __all__ = [
     "here",
     "list_profiles",
     "load_profile",
+    "measured_here",
+    "measured_place",
     "profile_from",
     "profile_names",
 ]
@@ -140,6 +142,17 @@ def here() -> Profile:
     )
 
 
+def measured_place(machine: str) -> Path:
+    """Where the probe keeps the profile of a machine, by its fingerprint: a change that moves latencies makes it forgotten."""
+    return cache_folder() / "profiles" / f"{machine}.yaml"
+
+
+def measured_here() -> Profile | None:
+    """This machine as `trimtab targets probe` measured it last; None before that. Raises TargetError when the file is damaged."""
+    place = measured_place(fingerprint())
+    return load_profile(place) if place.is_file() else None
+
+
 def profile_names() -> list[str]:
     """Names that `load_profile` knows: "here", then the shipped ones in order."""
     return [HERE, *sorted(path.stem for path in PROFILES.glob("*.yaml"))]
@@ -151,10 +164,13 @@ def list_profiles() -> list[Profile]:
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
-    """A profile by its shipped name, "here", or a YAML file. Raises TargetError with the path inside the file and the nearest key."""
+    """A profile by its shipped name, "here" (with its speeds once they were probed), or a YAML file.
+
+    Raises TargetError with the path inside the file and the nearest key.
+    """
     text = str(name_or_path)
     if text == HERE:
-        return here()
+        return measured_here() or here()
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
         if text not in profile_names():

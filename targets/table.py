@@ -62,14 +62,14 @@ class Surface:
 
 
 def _features(op: str, k: int, n: int, point: Point) -> Floats:
-    """What the time of an operator grows with, for a fixed number of tokens."""
+    """What the time of an operator grows with, for a fixed number of tokens; the work first, so that a single row is read as proportional to it."""
     seen = point.context + point.m
     if op in ATTENTION:
         pairs = point.m * (point.context + (point.m + 1) / 2) if op == "GroupQueryAttention" else point.m * point.m
-        return np.array([1.0, pairs * k, float(seen * n), float(point.m * (k + 2 * n))])
+        return np.array([pairs * k, 1.0, float(seen * n), float(point.m * (k + 2 * n))])
     if op in MATRICES:
-        return np.array([1.0, float(k) * n, float(n), float(k)])
-    return np.array([1.0, float(k)])
+        return np.array([float(k) * n, 1.0, float(n), float(k)])
+    return np.array([float(k), 1.0])
 
 
 def _place(k: int, n: int, context: int) -> Floats:
