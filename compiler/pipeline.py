@@ -1,6 +1,6 @@
 """The one loop: sources -> plan -> steps -> verdict -> bundle.
 
-open_sources   base and deltas, opened lazily and bound to each other (compiler.sources)
+Mixture.open   base and deltas, opened lazily and bound to each other (compiler.sources)
 make_plan      what will run, from which parts (compiler.plan)
 run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
 """
@@ -24,17 +24,13 @@ from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
 from compiler.record import Record, Stopwatch, peak_rss_mb, versions
 from compiler.report.verdict import PASS, Verdict
-from compiler.sources import Sources, open_sources
+from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
 from compiler.stages.quantize import predicted_bytes
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
-
-
-def _recipe_sources(recipe: Recipe) -> Sources:
-    return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine.checked, recipe.folder)
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -56,7 +52,7 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
     options = plans[0].step("export").params
     size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
@@ -75,8 +71,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         known = ", ".join(item.profile for item in recipe.targets)
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
-    with progress.stage("merge", f"{recipe.base} + {len(recipe.deltas)} delta(s)"):
-        sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    with progress.stage("merge", str(mixture_of(recipe))):
+        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     return [Run(recipe, sources, data, store, progress).target(item, profile, out) for item, profile in targets]
 
 
@@ -131,7 +127,7 @@ class Run:
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
-                base = self.sources.merge.base if self.recipe.deltas else None
+                base = self.sources.merge.base if self.recipe.deltas.items else None
                 result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update, self.recipe.seed)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
