@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.scheme import Scheme, Schemes, parse_scheme
-from compiler.stages.quantize import matrix_name, stored_bytes
+from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_bytes
 from targets.kernels import Case
 from targets.predict import Operator, Workload
 

@@ -149,7 +149,7 @@ SHAPES = ((512, 512), (2048, 512), (512, 4096), (2048, 4096))  # (K, N): corners
 BLOCKS = ((4, 64), (4, 32), (8, 64), (8, 32), (4, 128), (8, 128))
 TOKENS = (Point(1), Point(32), Point(512))
 HEADS = ((576, 192, 64), (2048, 512, 64))  # query width, key and value width, head size
-CONTEXTS = (Point(1, 64), Point(1, 512), Point(1, 2048), Point(32), Point(32, 1024), Point(256), Point(256, 1024))
+CONTEXTS = (Point(1, 64), Point(1, 512), Point(1, 2048), Point(32), Point(32, 1024), Point(128), Point(256), Point(256, 1024))
 LENGTHS = (Point(32), Point(128), Point(512))
 WIDTHS = (512, 4096)
 
@@ -189,7 +189,7 @@ def copies(case: Case, point: Point) -> int:
     """How many nodes a session gets (see the head of this file)."""
     if point.m > 1 or case.op in ATTENTION:
         return 8 if case.op not in MATRICES else 2 if point.m <= 64 else 1
-    return min(COPIES_MOST, -(-STREAM_BYTES // max(weight_bytes(case), STREAM_BYTES // 16)))
+    return min(COPIES_MOST, -(-STREAM_BYTES // weight_bytes(case))) if case.op in MATRICES else 16
 
 
 def case_model(case: Case, count: int = 1) -> bytes:

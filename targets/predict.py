@@ -171,7 +171,7 @@ def _peak_bytes(work: Workload, conditions: Conditions) -> float:
 
 def _load_s(work: Workload, profile: Profile) -> float:
     """Files from the system's cache, as `runtimes.bench` opens them: reading is then no part of it."""
-    return 0.05 + work.stored_bytes / 1e6 / (profile.open_mb_s or OPEN_MB_S)
+    return 0.2 + work.stored_bytes / 1e6 / (profile.open_mb_s or OPEN_MB_S)
 
 
 def _around(value: float, width: float, unit: str) -> Estimate:
