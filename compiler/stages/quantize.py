@@ -25,7 +25,7 @@ from compiler.evaluation.data import EvaluationSet
 from compiler.quantizers import affine
 from compiler.quantizers.methods import METHODS
 from compiler.quantizers.pack import Packed, unpack
-from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme
+from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_bytes
 from compiler.store import cache_key, writing
 
 Report = Callable[[str, int, int], None]
@@ -69,19 +69,6 @@ def predicted_bytes(checkpoint: Checkpoint, schemes: Schemes, *, every_matrix: b
         scheme = schemes.default if every_matrix and len(view.shape) == 2 else scheme_of(view, schemes, checkpoint.config)
         total += 4 * view.size if scheme is None else stored_bytes(view.shape, scheme)
     return total
-
-
-def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """[rows, width] under a scheme. [576, 576] at int4-g32: 576 * 18 * (16 + 4) = 207360."""
-    size = int(np.prod(shape))
-    if not scheme.quantized or len(shape) != 2:
-        return size * scheme.bits // 8
-    rows, width = shape
-    if scheme.group_size is None:
-        return size * scheme.bits // 8 + 4 * rows
-    groups = -(-width // scheme.group_size)
-    zero_points = 0 if scheme.symmetric else -(-groups * scheme.kernel_bits // 8)
-    return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
 
 
 def resolve_method(checkpoint: Checkpoint, schemes: Schemes, methods: Mapping[str, str], calibration: EvaluationSet | None) -> dict[str, Any] | None:
