@@ -2,7 +2,7 @@
 
 Mixture.open   base and deltas, opened lazily and bound to each other (compiler.sources)
 make_plan      what will run, from which parts (compiler.plan)
-run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
+run            merge (a view), quantize (cached, where a method needs it), export (cached), evaluate (cached), measure (never cached), package
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from compiler import judge
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
+from compiler.foresight import foresee
 from compiler.judge import Outcome
 from compiler.plan import Plan, make_plan
 from compiler.progress import Progress
@@ -26,7 +27,7 @@ from compiler.report.verdict import PASS, Verdict
 from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
-from compiler.stages.quantize import predicted_bytes
+from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
@@ -46,16 +47,37 @@ def _recipe_data(recipe: Recipe) -> EvaluationSet:
 def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem) -> Plan:
     options = export_stage.resolve_options(sources.merged, recipe.quantize.schemes, recipe.task, recipe.max_length)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate)
+    quantize = None
+    if options["road"] == export_stage.DECODER:
+        quantize = resolve_method(sources.merged, recipe.quantize.schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+    elif recipe.quantize.method != "rtn":
+        raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
+    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
+
+
+def _calibration(recipe: Recipe) -> EvaluationSet | None:
+    """The text that a calibrated method runs through the model; None where no method asks for any."""
+    from compiler.quantizers.methods import METHODS
+    from compiler.quantizers.windows import calibration_set
+
+    if not METHODS[recipe.quantize.method].calibrated:
+        return None
+    named = recipe.quantize.calibration
+    return calibration_set(None if named == "builtin" else recipe.folder / named)
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """What compiling would run, per target: steps with key and state, and the predicted size in MB."""
+    """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
     sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
     options = plans[0].step("export").params
     size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
-    return [{"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "steps": plan.rows(store)} for plan in plans]
+    decoder = options["road"] == export_stage.DECODER
+    foreseen = [foresee(sources.merged, recipe.quantize.schemes, decoder, _profile(recipe, target)) for target in recipe.targets]
+    return [
+        {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "prediction": prediction, "steps": plan.rows(store)}
+        for plan, prediction in zip(plans, foreseen, strict=True)
+    ]
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -85,10 +107,11 @@ class Run:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
         plan = _plan(self.recipe, self.sources, self.data, item)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        exported, export_record = self._export(plan)
-        evaluation, evaluate_record = self._evaluate(plan, exported)
+        codes, quantized = self._quantize(plan)
+        exported, export_record = self._export(plan, codes)
+        evaluation, evaluate_record = self._evaluate(plan, exported, codes)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
-        records = [merged, export_record, evaluate_record]
+        records = [merged, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
@@ -104,27 +127,43 @@ class Run:
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
             return _finish(work, place, document, facts, verdict)
 
-    def _export(self, plan: Plan) -> tuple[Path, Record]:
+    def _quantize(self, plan: Plan) -> tuple[Path | None, list[Record]]:
+        """Codes of quantizers that look at more than a row block; nothing where the export rounds to nearest as it streams."""
+        step, watch = next((step for step in plan.steps if step.stage == "quantize"), None), Stopwatch()
+        if step is None:
+            return None, []
+        rest = [self.store.get(plan.step(stage).key) for stage in ("export", "evaluate")]
+        cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
+        how = ", ".join(sorted(set(step.params["methods"].values())))
+        with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
+            if cached is None:
+                with self.store.make(step.key) as work:
+                    quantize_matrices(self.sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
+        read = [self.sources.merged.digest]
+        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        return self.store.place(step.key), [record]
+
+    def _export(self, plan: Plan, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(self.sources.merged, step.params, work, self.progress.update)
+                    export_stage.export(self.sources.merged, step.params, work, self.progress.update, codes)
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
         record = Record("export", step.key, [self.sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
         return place, record
 
-    def _evaluate(self, plan: Plan, exported: Path) -> tuple[dict[str, Any], Record]:
-        from compiler.evaluation.run import evaluate
+    def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
+        from compiler.evaluation.run import Exported, evaluate
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 base = self.sources.merge.base if self.recipe.deltas.items else None
-                result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update, self.recipe.seed)
+                result = evaluate(self.sources.merged, base, Exported(exported, codes), self.data, self.progress.update, self.recipe.seed)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
         place = cached or self.store.place(step.key)

@@ -14,7 +14,8 @@ at most L, FAIL that the lower one exceeds it.
 
 Dependence. Requests that follow each other are not independent: a queue, a warm core, a slow minute last for several. n such samples are worth
 n / D independent ones (`design_effect`). With `effect` D the test counts floor(n / D) samples; of them misses / D exceed L, rounded up for a PASS and down for
-a FAIL; with floor(n / D) below LEAST_WORTH nothing is decided, because D itself is then a guess. Samples of unequal risk, as under drift, make the test safer, not weaker (Hoeffding 1956), and the claim is about the requests that were measured.
+a FAIL; with floor(n / D) below LEAST_WORTH nothing is decided, because D itself is then a guess. Samples of unequal risk, as under drift,
+make the test safer, not weaker (Hoeffding 1956): the claim is about the requests that were measured.
 
 Looking more than once. Every look is another chance of a lucky pass. Look k (1, 2, 3 ...) may therefore only spend (1-c) / 2^k: all looks together stay
 below 1-c, however many there are, and no cap has to be known beforehand (`look_confidence`).

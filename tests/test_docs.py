@@ -22,10 +22,9 @@ from compiler.deltas.load import load_delta
 from compiler.errors import TrimtabError
 from compiler.limits import PERCENTILE, ROWS, quantity
 from compiler.recipe import Recipe, load_recipe, parse_limits, parse_recipe
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Schemes, parse_scheme, stored_bytes
 from compiler.stages.export import road
 from compiler.stages.merge import merged_view
-from compiler.stages.quantize import stored_bytes
 from compiler.store import writing
 from compiler.text import read_yaml
 from runtimes.metrics import look_confidence, min_samples
@@ -308,7 +307,7 @@ def test_each_bad_input_stands_on_the_page_once() -> None:
 def test_refused_and_not_built_are_refused() -> None:
     """What index.md says is not built: were it built, the page would be wrong."""
     assert not {"explain", "distil", "bench", "compare", "cache"} & set(cli.commands)
-    for more in ({"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}, {"quantize": {"method": "gptq"}}):
+    for more in ({"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}):
         with pytest.raises(TrimtabError):
             parse_recipe({"name": "x", "base": "base", **more}, Path("recipe.yaml"))
     assert Schemes(parse_scheme("int4-g64")).default == Recipe(name="x", base="base").quantize.schemes.default

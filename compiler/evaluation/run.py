@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,27 @@ SHOWN_SAMPLES = 6
 BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a task table, as the report knows them
 
 
-def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
+def evaluate(merged: Checkpoint, base: Checkpoint | None, exported: Exported, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
     """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "stages": [...], "faithful": {...}, "data": {...}}.
 
     merged     the reference: the merged fp32 weights
     base       the base before the deltas, to show what they bring; None when there are none
-    directory  the exported files, with export.json
     """
-    exported = Exported(directory, json.loads((directory / "export.json").read_text()))
     part = _decoder(merged, base, exported, data, report, seed) if exported.model["kind"] == "decoder" else _encoder(merged, exported, data, report)
     return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of exported files, with its export.json."""
+    """A folder of exported files, with export.json, and the folder of codes that a calibrated quantizer made, where one did."""
 
     directory: Path
-    summary: Mapping[str, Any]
+    codes: Path | None = None
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.directory / "export.json").read_text())
+        return summary
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -44,7 +48,18 @@ class Exported:
 
     def weights_of(self, reference: Any, config: Mapping[str, Any]) -> Any:
         """The torch model with the weights that these files store, in place."""
-        return faithful.see_through(reference, self.summary["layers"], self.model, config)
+        return faithful.see_through(reference, self.summary["layers"], self.model, config, self.made if self.codes else None)
+
+    def made(self, name: str) -> Any:
+        """float32 [out, in] of a matrix whose codes a calibrated quantizer made; None for others."""
+        from compiler.quantizers import affine
+        from compiler.quantizers.pack import unpack
+        from compiler.scheme import parse_scheme
+        from compiler.stages.quantize import codes_in
+
+        row = next((row for row in self.summary["layers"] if row["name"] == name), None)
+        packed = codes_in(self.codes)(name) if self.codes is not None and row is not None else None
+        return None if packed is None or row is None else affine.dequantize(unpack(packed, parse_scheme(row["scheme"]), row["shape"][1]))
 
 
 def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
