@@ -27,7 +27,7 @@ from compiler.report.verdict import PASS, Verdict
 from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
-from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
+from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
@@ -163,7 +163,9 @@ class Run:
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 base = self.sources.merge.base if self.recipe.deltas.items else None
-                result = evaluate(self.sources.merged, base, Exported(exported, codes), self.data, self.progress.update, self.recipe.seed)
+                result = evaluate(
+                    self.sources.merged, base, Exported(exported, codes_in(codes) if codes else None), self.data, self.progress.update, self.recipe.seed
+                )
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
         place = cached or self.store.place(step.key)

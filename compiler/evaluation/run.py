@@ -12,6 +12,9 @@ from typing import Any
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import attribution, decoder, encoder, faithful
 from compiler.evaluation.data import EvaluationSet, Row
+from compiler.quantizers import affine
+from compiler.quantizers.pack import Packed, unpack
+from compiler.scheme import parse_scheme
 from runtimes.bundle import Bundle
 
 Report = Callable[[str, int, int], None]
@@ -31,10 +34,10 @@ def evaluate(merged: Checkpoint, base: Checkpoint | None, exported: Exported, da
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of exported files, with export.json, and the folder of codes that a calibrated quantizer made, where one did."""
+    """A folder of exported files, with export.json. codes: what a calibrated quantizer made of a matrix, by name; None where there was none."""
 
     directory: Path
-    codes: Path | None = None
+    codes: Callable[[str], Packed | None] | None = None
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -52,13 +55,8 @@ class Exported:
 
     def made(self, name: str) -> Any:
         """float32 [out, in] of a matrix whose codes a calibrated quantizer made; None for others."""
-        from compiler.quantizers import affine
-        from compiler.quantizers.pack import unpack
-        from compiler.scheme import parse_scheme
-        from compiler.stages.quantize import codes_in
-
         row = next((row for row in self.summary["layers"] if row["name"] == name), None)
-        packed = codes_in(self.codes)(name) if self.codes is not None and row is not None else None
+        packed = self.codes(name) if self.codes is not None and row is not None else None
         return None if packed is None or row is None else affine.dequantize(unpack(packed, parse_scheme(row["scheme"]), row["shape"][1]))
 
 
