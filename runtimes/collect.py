@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from targets.spin import Spin
 
 FIRST_FAIL_LOOK = 24
 FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
+DEPENDENCE_ROOM = 1.25  # times the fewest samples that can pass: even independent ones look a little dependent, and the next look is at twice as many
 BUSY_FACTOR = 3  # times the caps, dropped windows included
 WARMUP_MOST = 8
 WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
@@ -81,7 +83,8 @@ class _Question:
         self.limit, self._confidence = limit, confidence
         self.looks = 0
         self._fail_look = 1
-        self._next_pass = max(FIRST_PASS_LOOK, min_samples(limit.percentile, 0, look_confidence(1, confidence)))
+        fewest = min_samples(limit.percentile, 0, look_confidence(1, confidence))
+        self._next_pass = max(FIRST_PASS_LOOK, math.ceil(DEPENDENCE_ROOM * fewest))
         self._next_fail = FIRST_FAIL_LOOK
         self.result: PercentileTest | None = None
 

@@ -202,7 +202,11 @@ def test_constants_in_the_prose_are_the_codes() -> None:
     assert f"{bench.most} requests or {judge.MEASURE_SECONDS:.0f} seconds" in verdicts
     assert f"about {budget.window_ms:.0f} ms" in verdicts and f"more than {TOLERANCE} times" in verdicts
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
-    assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and judge.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
+    assert (
+        f"PASS may be told from {collect.FIRST_PASS_LOOK} and FAIL from {collect.FIRST_FAIL_LOOK} samples on" in verdicts
+        and judge.FRESH_PROCESSES + 1 == 3
+        and "three fresh processes" in verdicts
+    )
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
     assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20

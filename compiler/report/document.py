@@ -58,7 +58,7 @@ class CheckRow(Part):
     false_pass: float | None = None
     stage: str | None = None
     note: str = ""
-    kind: Literal["limit", "behaviour"] = "limit"
+    kind: str = "limit"  # or "behaviour"
 
 
 class VerdictRow(Part):
@@ -79,7 +79,7 @@ class VerdictRow(Part):
     @property
     def limits(self) -> list[CheckRow]:
         """What the recipe asked for: checks that decide, but for behaviours."""
-        return [check for check in self.checks if check.outcome != INFO and check.kind == "limit"]
+        return [check for check in self.checks if check.outcome != INFO and check.kind != "behaviour"]
 
     @property
     def behaviours(self) -> list[CheckRow]:
@@ -89,12 +89,12 @@ class VerdictRow(Part):
     @property
     def told(self) -> list[CheckRow]:
         """What a short table shows: everything but the behaviours that hold."""
-        return [check for check in self.checks if check.kind == "limit" or check.outcome in (FAIL, INCONCLUSIVE)]
+        return [check for check in self.checks if check.kind != "behaviour" or check.outcome in (FAIL, INCONCLUSIVE)]
 
     @property
     def notes(self) -> list[CheckRow]:
         """Checks that only inform."""
-        return [check for check in self.checks if check.outcome == INFO and check.kind == "limit"]
+        return [check for check in self.checks if check.outcome == INFO and check.kind != "behaviour"]
 
 
 class TargetRow(Part):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from runtimes.collect import FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
+from runtimes.collect import DEPENDENCE_ROOM, FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
 from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
 from targets.errors import TrimtabError
 from targets.spin import Spin, SpinReading
 
-P95_FIRST_LOOK = min_samples(95, 0, look_confidence(1))
+P95_FIRST_LOOK = math.ceil(DEPENDENCE_ROOM * min_samples(95, 0, look_confidence(1)))
 
 
 class Script(Spin):
@@ -53,9 +54,9 @@ def test_a_clear_pass_takes_the_first_look_and_no_more() -> None:
     assert test.confidence == look_confidence(1) and test.false_pass <= 0.005
 
 
-def test_a_clear_fail_is_told_after_four_samples() -> None:
+def test_a_clear_fail_is_told_at_the_first_look() -> None:
     ((_, test),) = run(constant(30.0), [Limit("ttft_ms", 95, 20.0)], budget()).tests
-    assert (test.outcome, test.samples) == (FAIL, 4)
+    assert (test.outcome, test.samples) == (FAIL, FIRST_FAIL_LOOK)
 
 
 def test_a_close_call_ends_at_the_cap_without_a_verdict() -> None:
