@@ -9,7 +9,7 @@ from compiler import judge
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
-    monkeypatch.setattr(judge, "MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr(judge, "MEASURE_SECONDS", 3.0)
     monkeypatch.setattr(judge, "FRESH_PROCESSES", 1)
 
 

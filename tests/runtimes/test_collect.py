@@ -109,6 +109,47 @@ def test_simulated_false_passes_over_many_looks() -> None:
     assert passes / 250 <= 0.01 + 4 * (0.01 * 0.99 / 250) ** 0.5
 
 
+def chain(seed: int, phi: float) -> Iterator[float]:
+    """Log-normal latencies around 10 ms, each like the one before it."""
+    rng, state = np.random.default_rng(seed), 0.0
+    while True:
+        state = phi * state + (1 - phi**2) ** 0.5 * rng.standard_normal()
+        yield 10.0 * math.exp(0.1 * state)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.6])
+def test_limits_ten_percent_off_are_told_right(phi: float) -> None:
+    """The true p90 is 10 exp(0.128) ms: limits 10 % above pass, 10 % below fail, for 19 of 20 machines at least."""
+    truth = 10.0 * math.exp(0.1 * 1.28155)
+    for factor, outcome in ((1.1, PASS), (0.9, FAIL)):
+        found = [run(chain(seed, phi), [Limit("ttft_ms", 90, factor * truth)], budget(most=2000)).tests[0][1].outcome for seed in range(20)]
+        assert found.count(outcome) >= 19 and set(found) <= {outcome, INCONCLUSIVE}
+
+
+def test_false_passes_of_dependent_requests_stay_at_the_stated_rate() -> None:
+    """Each request like the one before it (0.9): 150 machines exactly at their median, where samples taken for independent would pass every twentieth."""
+    found = [run(chain(seed, 0.9), [Limit("ttft_ms", 50, 10.0)], budget(most=400)).tests[0][1].outcome for seed in range(150)]
+    assert found.count(PASS) / 150 <= 0.01 + 4 * (0.01 * 0.99 / 150) ** 0.5
+
+
+def test_a_machine_disturbed_now_and_then_is_judged_by_its_quiet_windows() -> None:
+    """A neighbour doubles the latency in every third window and is seen by the kernel: the limit still passes, and what was dropped is told."""
+    taken = [0]
+
+    def readings() -> Iterator[bool]:
+        for number in range(5000):
+            taken[0] = number
+            yield number % 6 != 5
+
+    def neighbour() -> Iterator[float]:
+        while True:
+            beside = (taken[0] % 6 == 5, (taken[0] + 1) % 6 == 5)  # the readings before and after this request
+            yield 20.0 if any(beside) else 10.0
+
+    samples = run(neighbour(), [Limit("ttft_ms", 90, 12.0)], budget(most=300), Script(readings()))
+    assert samples.tests[0][1].outcome == PASS and samples.dropped >= 20
+
+
 def test_warm_up_stops_when_calls_get_no_faster() -> None:
     calls = []
 
