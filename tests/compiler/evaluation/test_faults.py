@@ -215,7 +215,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "bias dropped": ("llama", lambda g: g.change(f"{LAYER}.attn.qkv_proj.bias", scaled(0.0))),
     "bias added twice": ("llama", lambda g: g.change(f"{LAYER}.mlp.down_proj.bias", scaled(2.0))),
     "epsilon of one norm": ("llama", lambda g: g.attribute(g.node("/layers.1/norm_2"), "epsilon", 1e-3)),
-    "epsilon of the final norm": ("llama", lambda g: g.attribute(g.node("/norm"), "epsilon", 1e-3)),
+    "epsilon of the first norm": ("llama", lambda g: g.attribute(g.node("/layers.0/norm_0"), "epsilon", 1e-4)),
     "mask off by one": ("llama", lambda g: g.rewire(g.node("/positions/seqlens"), 0, g.node("/positions/valid").outputs[0])),
     "last token off by one": ("llama", lambda g: g.rewire(g.node("/last_token/indices"), 0, g.node("/last_token/past").outputs[0])),
     "rope base": ("llama", lambda g: g.change("/rope.0/inv_freq_0", lambda a: 5000.0 ** (-np.arange(a.size) / a.size).reshape(a.shape))),

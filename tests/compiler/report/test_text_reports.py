@@ -122,6 +122,75 @@ def test_junit_counts_and_elements(failed: dict[str, Any]) -> None:
     assert {case.get("classname") for case in suite.iter("testcase")} == {"trimtab.support-assistant.here"}
 
 
+# The elements of the schema that Jenkins' xUnit plugin publishes (junit-10.xsd): required and allowed attributes, allowed children.
+JUNIT: dict[str, tuple[set[str], set[str], set[str]]] = {
+    "testsuites": (set(), {"name", "time", "tests", "failures", "errors", "disabled"}, {"testsuite"}),
+    "testsuite": (
+        {"name", "tests"},
+        {
+            "name",
+            "tests",
+            "failures",
+            "errors",
+            "time",
+            "disabled",
+            "skipped",
+            "timestamp",
+            "hostname",
+            "id",
+            "package",
+            "group",
+            "file",
+            "log",
+            "url",
+            "version",
+        },
+        {"properties", "testsuite", "testcase", "system-out", "system-err"},
+    ),
+    "properties": (set(), set(), {"property"}),
+    "property": ({"name", "value"}, {"name", "value"}, set()),
+    "testcase": (
+        {"name"},
+        {"name", "assertions", "time", "timestamp", "classname", "status", "class", "file", "line", "log", "group", "url"},
+        {"skipped", "error", "failure", "rerunFailure", "rerunError", "flakyFailure", "flakyError", "system-out", "system-err"},
+    ),
+    "failure": (set(), {"message", "type"}, set()),
+    "error": (set(), {"message", "type"}, set()),
+    "skipped": (set(), {"message", "type"}, set()),
+    "system-out": (set(), set(), set()),
+}
+
+
+def assert_junit(element: ElementTree.Element) -> None:
+    required, allowed, children = JUNIT[element.tag]
+    assert required <= set(element.attrib) <= allowed, element.tag
+    for child in element:
+        assert child.tag in children, f"{child.tag} in {element.tag}"
+        assert_junit(child)
+
+
+def test_junit_keeps_to_the_schema_with_several_targets(document: dict[str, Any], failed: dict[str, Any]) -> None:
+    broken = {"name": "cache_equals_recompute", "measured": 0.3, "limit": 0.001, "outcome": "FAIL", "kind": "behaviour"}
+    checks = [*failed["verdict"]["checks"], broken]
+    root = ElementTree.fromstring(render_junit(document, failed | {"verdict": failed["verdict"] | {"checks": checks}}))
+    assert_junit(root)
+    suites = root.findall("testsuite")
+    assert len(suites) == 2 and int(root.get("tests", "0")) == sum(int(suite.get("tests", "0")) for suite in suites)
+    assert int(root.get("failures", "0")) == len(root.findall(".//failure")) == 2
+    assert [case.get("name") for case in suites[1].findall("testcase") if case.find("failure") is not None][-1] == "cache_equals_recompute"
+
+
+def test_a_broken_behaviour_speaks_before_limits(document: dict[str, Any]) -> None:
+    rows = [
+        {"name": "padding_invariance", "measured": value, "limit": 0.001, "outcome": outcome, "kind": "behaviour"}
+        for value, outcome in ((0.2, "FAIL"), (0.0, "PASS"))
+    ]
+    verdict = {"target": "here", "outcome": "FAIL", "checks": [*document["verdict"]["checks"], *rows]}
+    line = summary_line(document | {"verdict": verdict})
+    assert line.startswith("FAIL support-assistant on here: 1 of 2 behaviours is broken: padding invariance is 0.2, allowed is at most 0.001")
+    assert "1 of 2 behaviours hold" in printed(document | {"verdict": verdict}, terminal=False)
+
+
 def test_junit_of_nothing_is_not_green() -> None:
     for document in ({}, {"verdict": {"target": "t", "outcome": "PASS", "checks": []}}):
         suite = ElementTree.fromstring(render_junit(document)).find("testsuite")
