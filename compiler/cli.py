@@ -153,14 +153,14 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
       trimtab merge models/base --delta adapters/a=0.7 --delta adapters/b=0.3 --out merged
       trimtab merge models/base --delta adapters/a --delta adapters/b --combine ties --density 0.3 --out merged
     """
-    from compiler import delta_tools, pipeline
+    from compiler import delta_tools, model_tools
     from compiler.deltas.combine import combine_named
 
     method = combine_named(mix.pop("combine"), **mix, place="--combine")
     if rollback:
         _finish(delta_tools.merge_reversibly(base, _weighted(deltas), method, dtype, out, rollback, _progress(as_json)), as_json)
     else:
-        _finish(pipeline.merge_files(base, _weighted(deltas), method, dtype, out, _progress(as_json)), as_json)
+        _finish(model_tools.merge_files(base, _weighted(deltas), method, dtype, out, _progress(as_json)), as_json)
 
 
 @cli.command("quantize")
@@ -176,9 +176,9 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
     Example:
       trimtab quantize models/base --scheme int4-g32 --out seen-through-int4
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.quantize_files(base, _weighted(deltas), scheme, out, _progress(as_json)), as_json)
+    _finish(model_tools.quantize_files(base, _weighted(deltas), scheme, out, _progress(as_json)), as_json)
 
 
 @cli.command("export")
@@ -195,9 +195,9 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
     Example:
       trimtab export models/base --delta adapters/a --scheme int4-g64 --out onnx
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
+    _finish(model_tools.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
 
 
 @cli.command("validate")
@@ -214,7 +214,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
     """
-    from compiler.pipeline import validate_bundle
+    from compiler.judge import validate_bundle
     from compiler.report.summary import print_report, summary_line
 
     outcome = validate_bundle(bundle, target, limits, report, junit, _progress(as_json))

@@ -15,9 +15,9 @@ from compiler.deltas import extract, rollback, survey
 from compiler.deltas.combine import Combine
 from compiler.deltas.load import load_delta
 from compiler.errors import DeltaError, OutputError
-from compiler.pipeline import open_sources
 from compiler.progress import Progress
 from compiler.record import Stopwatch, peak_rss_mb
+from compiler.sources import open_sources
 from compiler.store import writing
 
 PICTURES = (".svg", ".png", ".pdf")

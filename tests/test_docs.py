@@ -187,7 +187,7 @@ def test_smallest_drops_are_what_the_table_says() -> None:
 
 
 def test_constants_in_the_prose_are_the_codes() -> None:
-    from compiler import pipeline
+    from compiler import judge
     from compiler.checkpoints.view import ROW_BLOCK_BYTES
     from compiler.evaluation import data, decoder, encoder
     from compiler.graph.architectures import FAMILIES
@@ -199,10 +199,10 @@ def test_constants_in_the_prose_are_the_codes() -> None:
 
     budget, bench = collect.Budget(), BenchOptions()
     verdicts, evaluation, export = text_of("verdicts.md"), text_of("evaluation.md"), text_of("export.md")
-    assert f"{bench.most} requests or {pipeline.MEASURE_SECONDS:.0f} seconds" in verdicts
+    assert f"{bench.most} requests or {judge.MEASURE_SECONDS:.0f} seconds" in verdicts
     assert f"about {budget.window_ms:.0f} ms" in verdicts and f"more than {TOLERANCE} times" in verdicts
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
-    assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and pipeline.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
+    assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and judge.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
     assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20
