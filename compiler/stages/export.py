@@ -7,17 +7,20 @@ goes through transformers' exporter and our passes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.stages.quantize import matrix_name
 from compiler.store import writing
+
+if TYPE_CHECKING:
+    from compiler.graph.adapters import Tenant
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -80,9 +83,10 @@ def _refuse_dynamic(schemes: list[Scheme]) -> None:
         )
 
 
-def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report, tenants: Sequence[Tenant] = ()) -> dict[str, Any]:
     """Fill `directory` with graph, weights, configs and tokenizer; returns {"model": ..., "layers": [...]} and writes it as export.json.
 
+    tenants  adapters that stay unmerged; decoders only
     Raises ArchitectureError, CheckpointError or OutputError.
     """
     from compiler.checkpoints.resolve import require_tokenizer
@@ -91,7 +95,10 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     require_tokenizer(checkpoint)
     schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
     with writing(directory):
-        summary = (_decoder if options["road"] == DECODER else _encoder)(checkpoint, schemes, options, directory, report)
+        if options["road"] == DECODER:
+            summary = _decoder(checkpoint, schemes, options, directory, report, tenants)
+        else:
+            summary = _encoder(checkpoint, schemes, options, directory, report)
         require_clean(directory / "model.onnx")
         for name in (*CARRIED, *LICENCES):
             if name in checkpoint.assets:
@@ -101,10 +108,12 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     return summary
 
 
-def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+def _decoder(
+    checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report, tenants: Sequence[Tenant]
+) -> dict[str, Any]:
     from compiler.graph.decoder import export_decoder
 
-    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report)
+    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report, tenants=tenants)
     model = {
         "kind": DECODER,
         "family": checkpoint.config["model_type"],
@@ -113,6 +122,7 @@ def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any
         "max_length": done.max_length,
         "logits": options["logits"],
         "scheme": options["scheme"],
+        **({"adapters": [row.as_dict() for row in done.adapters]} if done.adapters else {}),
     }
     return {"model": model, "layers": [asdict(row) for row in done.matrices]}
 
