@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROUNDS = 3  # fresh processes per system, in turn: what disturbs one round disturbs all systems of it
-REQUESTS = 6  # of one process
+REQUESTS = 4  # of one process
 COSTS = ("ttft_ms", "tpot_ms", "prefill_tok_s", "decode_tok_s")
 
 

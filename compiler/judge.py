@@ -46,7 +46,7 @@ def measure(
     from runtimes.bundle import open_bundle
 
     timed = {name: value for name, value in limits.items() if PERCENTILE.fullmatch(name) and value > 0}
-    options = BenchOptions(limits=timed, seconds=MEASURE_SECONDS, threads=min(profile.threads, usable_cores()), adapter=heaviest(open_bundle(bundle).model))
+    options = BenchOptions(limits=timed, seconds=MEASURE_SECONDS, threads=threads(profile), adapter=heaviest(open_bundle(bundle).model))
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short = replace(options, limits={}, least=3, most=3, seconds=10.0)
     again = [measure_in_child(bundle, short) for _ in range(FRESH_PROCESSES)]
@@ -66,6 +66,11 @@ def measure(
         conditions=conditions,
     )
     return measured, {**{f"{name}_ms": values for name, values in series.items()}, "dropped": result.dropped}
+
+
+def threads(profile: Profile) -> int:
+    """As many as the target has, at most what this process may use."""
+    return min(profile.threads, usable_cores())
 
 
 def write_reports(document: Mapping[str, Any], folder: Path) -> None:

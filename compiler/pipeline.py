@@ -105,20 +105,20 @@ class Run:
             records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
-            document["adapters"] = self._cost(item, work, summary["model"], measured.threads)
+            document["adapters"] = self._cost(item, profile, work, summary["model"])
             return _finish(work, place, document, facts, verdict)
 
-    def _cost(self, item: TargetItem, work: Path, model: Mapping[str, Any], threads: int) -> list[dict[str, Any]]:
+    def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
         name = attached.heaviest(model)
         if not name:
             return []
         twin = self.sources.attached[name]
         exported, _ = self._export(_plan(self.recipe, twin, self.data, item), twin)
-        with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work / name) as merged:
+        with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
             package.write_manifest(merged, {"name": name, "model": json.loads((exported / export_stage.SUMMARY).read_text())["model"]})
-            return attached.cost_rows(work, merged, name, threads, self.progress.update)
+            return attached.cost_rows(work, merged, name, judge.threads(profile), self.progress.update)
 
     def _export(self, plan: Plan, sources: Sources) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
