@@ -25,7 +25,7 @@ from compiler.attached import tenants
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.evaluation.run import unpackaged
 from compiler.scheme import Schemes, parse_scheme
-from compiler.sources import Sources
+from compiler.sources import DeltaSource, Mixture, Sources
 from compiler.stages import export as export_stage
 from runtimes.generate import Generator, Options
 
@@ -48,10 +48,10 @@ def systems(work: Path, scheme: str) -> tuple[dict[str, tuple[Generator, str]], 
     adapter(work / "wide", open_checkpoint(BASE))
     deltas = {"example": str(EXAMPLE), f"r{RANK}-all": str(work / "wide")}
     made, sizes = {}, {}
-    base, sizes["base alone"] = export(opened(BASE, {}), scheme, work / "base")
+    base, sizes["base alone"] = export(Mixture(BASE).open(), scheme, work / "base")
     made["base alone"] = (base, "")
     for name, path in deltas.items():
-        sources = opened(BASE, {name: path})
+        sources = Mixture(BASE, [DeltaSource(path, 1.0, name)], attached=True).open()
         attached, sizes[f"attached {name}"] = export(sources, scheme, work / f"attached-{name}")
         merged, sizes[f"merged {name}"] = export(sources.attached[name], scheme, work / f"merged-{name}")
         made |= {f"merged {name}": (merged, ""), f"attached {name}, not used": (attached, ""), f"attached {name}": (attached, name)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from compiler.checkpoints.files import beside
 from compiler.checkpoints.resolve import locate, open_checkpoint
 from compiler.checkpoints.write import write_checkpoint
 from compiler.deltas import extract, rollback, survey
-from compiler.deltas.combine import Combine
 from compiler.deltas.load import load_delta
 from compiler.errors import DeltaError, OutputError
 from compiler.progress import Progress
 from compiler.record import Stopwatch, peak_rss_mb
-from compiler.sources import open_sources
+from compiler.sources import Mixture
 from compiler.store import writing
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -47,14 +46,12 @@ def account(out: Path, watch: Stopwatch, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "size_mb": round(size / 1e6, 3), "seconds": round(watch.seconds, 2), "peak_rss_mb": round(peak_rss_mb(), 1), **more}
 
 
-def merge_reversibly(
-    base: str, deltas: Sequence[tuple[str, float]], combine: Combine, dtype: str | None, out: Path, mode: str, progress: Progress
-) -> dict[str, Any]:
+def merge_reversibly(mixture: Mixture, dtype: str | None, out: Path, mode: str, progress: Progress) -> dict[str, Any]:
     """`trimtab merge --rollback`: a merged checkpoint and, in the same folder, what takes it back to its base (compiler.deltas.rollback)."""
     watch = Stopwatch()
     with publishing(out) as work:
-        sources = open_sources(base, deltas, combine)
-        with progress.stage("merge", f"{base} + {len(deltas)} delta(s)"):
+        sources = mixture.open()
+        with progress.stage("merge", str(mixture)):
             write_checkpoint(sources.merged, work, dtype=dtype, progress=progress.update)
         plan = sources.merge
         names = {name: plan.merged_name(name) for name in plan.base.tensors}

@@ -1,6 +1,6 @@
 """The one loop: sources -> plan -> steps -> verdict -> bundle.
 
-open_sources   base and deltas, opened lazily and bound to each other (compiler.sources)
+Mixture.open   base and deltas, opened lazily and bound to each other (compiler.sources)
 make_plan      what will run, from which parts (compiler.plan)
 run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
 """
@@ -23,17 +23,13 @@ from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
 from compiler.record import Record, Stopwatch, peak_rss_mb, versions
 from compiler.report.verdict import PASS, Verdict
-from compiler.sources import Sources, open_attached, open_sources
+from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
 from compiler.stages.quantize import predicted_bytes
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
-
-
-def _recipe_sources(recipe: Recipe) -> Sources:
-    return open_sources(recipe.base, [(item.path, item.weight) for item in recipe.deltas], recipe.combine.checked, recipe.folder)
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -56,10 +52,11 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, and the predicted size in MB."""
-    sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
     options = plans[0].step("export").params
-    size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6 + attached.predicted_bytes(sources) / 1e6
+    size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
+    size_mb += attached.predicted_bytes(sources) / 1e6
     return [{"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "steps": plan.rows(store)} for plan in plans]
 
 
@@ -70,8 +67,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         known = ", ".join(item.profile for item in recipe.targets)
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
-    with progress.stage("merge", f"{recipe.base} + {len(recipe.deltas)} delta(s)"):
-        sources, data = _recipe_sources(recipe), _recipe_data(recipe)
+    with progress.stage("merge", str(mixture_of(recipe))):
+        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     return [Run(recipe, sources, data, store, progress).target(item, profile, out) for item, profile in targets]
 
 
@@ -143,7 +140,7 @@ class Run:
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
                 else:
-                    result = evaluate(self.sources.merged, base if self.recipe.deltas else None, *how)
+                    result = evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
         place = cached or self.store.place(step.key)

@@ -80,7 +80,8 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a recipe as docs/recipe.md writes it: `deltas.path`, without list numbers."""
     parts: dict[str, type[BaseModel]] = {
-        "deltas": recipe_module.DeltaItem,
+        "deltas": recipe_module.Deltas,
+        "items": recipe_module.DeltaItem,
         "combine": recipe_module.CombineItem,
         "quantize": recipe_module.Quantize,
         "evaluate": recipe_module.Evaluate,
@@ -88,14 +89,14 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     }
     for name in model.model_fields:
         yield prefix + name
-        if not prefix and name in parts:
-            yield from recipe_keys(parts[name], f"{name}.")
+        if name in parts:
+            yield from recipe_keys(parts[name], f"{prefix}{name}.")
 
 
 def test_every_recipe_key_is_explained_and_no_other() -> None:
     documented, known = table_keys("recipe.md"), set(recipe_keys(Recipe))
     models = {model for model in vars(recipe_module).values() if isinstance(model, type) and issubclass(model, recipe_module.Part)}
-    rooms = {recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
+    rooms = {recipe_module.Deltas, recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
     assert models == {recipe_module.Part, Recipe, *rooms}
     assert known <= documented, known - documented
     extra = {key for key in documented - known if not PERCENTILE.fullmatch(key) and key not in {row.name for row in ROWS}}

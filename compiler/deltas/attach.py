@@ -49,7 +49,7 @@ def _factors(one: Bound, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     assert one.edit.factors is not None
     left, right = one.edit.factors(shape[::-1] if one.transposed else shape)
     left, right = (right.T, left.T) if one.transposed else (left, right)
-    return left * np.float32(one.delta.weight), right
+    return left * np.float32(one.weight), right
 
 
 def _not_attachable(delta: Delta, names: Sequence[str]) -> DeltaError:

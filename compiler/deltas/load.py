@@ -21,6 +21,7 @@ from compiler.deltas.lokr import load_lokr
 from compiler.deltas.lora import load_lora
 from compiler.deltas.oft import load_boft, load_oft
 from compiler.deltas.peft import Adapter, check_finite
+from compiler.deltas.select import EVERYTHING, Selection
 from compiler.deltas.shira import load_shira
 from compiler.deltas.sparse import FORMAT, VERSION, load_sparse
 from compiler.deltas.vera import load_vera
@@ -44,7 +45,7 @@ OWN_KINDS: Mapping[str, OwnLoader] = {"sparse": load_sparse, "diff": load_diff}
 OWN_FILE = "delta.safetensors"
 
 
-def load_delta(source: str, *, weight: float = 1.0, relative_to: Path | None = None) -> Delta:
+def load_delta(source: str, *, weight: float = 1.0, relative_to: Path | None = None, name: str = "", select: Selection = EVERYTHING) -> Delta:
     """The delta that `source` names (a path, package:MODULE/path, or a hub id). Raises DeltaError.
 
     1. A folder with adapter_config.json: a PEFT adapter of one of KINDS.
@@ -56,7 +57,7 @@ def load_delta(source: str, *, weight: float = 1.0, relative_to: Path | None = N
     if not math.isfinite(weight):
         raise DeltaError(source, expected="a finite weight", found=repr(weight), remedy="correct deltas.weight in the recipe")
     try:
-        return _load(locate(source, relative_to), source, weight)
+        return replace(_load(locate(source, relative_to), source, weight), name=name, select=select)
     except CheckpointError as error:
         raise DeltaError(error.place, expected=error.expected, found=error.found, remedy=error.remedy) from error
 

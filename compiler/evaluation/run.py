@@ -45,9 +45,7 @@ def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     return {**part, "data": told(data)}
 
 
-def evaluate_attached(
-    twins: Mapping[str, Checkpoint], base: Checkpoint, directory: Path, data: EvaluationSet, report: Report, seed: int = 0
-) -> dict[str, Any]:
+def evaluate_attached(twins: Mapping[str, Checkpoint], base: Checkpoint, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
     """The same for unmerged adapters: each is compared with its merged twin on the same data, and its metrics are called `kl_mean@NAME`.
 
     twins  name of the adapter -> the merged fp32 weights it stands for

@@ -129,7 +129,7 @@ def what_it_is(report: Report) -> str:
     text = "A deployment bundle for onnxruntime, compiled by trimtab"
     if lineage.base and lineage.base.origin:
         text += f" from {code(lineage.base.origin)}"
-    adapters = [str(row.extras()["adapter"]) for row in lineage.deltas if row.extras().get("adapter")]
+    adapters = [str(row.get("name")) for row in report.model.extras().get("adapters") or () if isinstance(row, Mapping)]
     if adapters:
         text += f" with {len(adapters)} unmerged adapter{'s' if len(adapters) > 1 else ''} to choose from ({', '.join(code(name) for name in adapters)})"
     elif lineage.deltas:

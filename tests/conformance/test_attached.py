@@ -20,7 +20,7 @@ from compiler.errors import DeltaError
 from compiler.evaluation.run import unpackaged
 from compiler.graph.decoder import export_decoder
 from compiler.scheme import Schemes, parse_scheme
-from compiler.sources import open_attached
+from compiler.sources import DeltaSource, Mixture, Sources
 from runtimes.generate import Generator, Options
 from targets.errors import BundleError, TrimtabError
 
@@ -47,6 +47,10 @@ TENANTS: dict[str, Any] = {  # every kind that is a low-rank product, of differe
     "ada": AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["k_proj", "o_proj", "gate_proj"]),
     "vera": VeraConfig(r=5, target_modules=["q_proj", "o_proj"]),
 }
+
+
+def attach(base: Path, weight: float = 1.0, **deltas: Path) -> Sources:
+    return Mixture(str(base), [DeltaSource(str(path), weight, name) for name, path in deltas.items()], attached=True).open()
 
 
 def train(base: Path, config: Any, folder: Path) -> PeftModel:
@@ -81,7 +85,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).save_pretrained(root / "base")
     models = {name: train(root / "base", config, root / name) for name, config in TENANTS.items()}
-    sources = open_attached(str(root / "base"), {name: (str(root / name), WEIGHT) for name in TENANTS})
+    sources = attach(root / "base", WEIGHT, **{name: root / name for name in TENANTS})
     opened = {scheme: Generator(unpackaged(root / scheme, export(sources, scheme, root / scheme))) for scheme in ("fp32", "int8-g32", "int4-g32")}
     return SimpleNamespace(root=root, models=models, sources=sources, opened=opened)
 
@@ -107,7 +111,7 @@ def test_fp32_attached_is_the_merged_twin(built: SimpleNamespace, name: str) -> 
 
 def test_peft_itself_gives_the_same(built: SimpleNamespace) -> None:
     """Weight 1 of PEFT, unmerged, against ours at weight 1: no shared code at all."""
-    sources = open_attached(str(built.root / "base"), {"all": (str(built.root / "all"), 1.0)})
+    sources = attach(built.root / "base", all=built.root / "all")
     generator = Generator(unpackaged(built.root / "peft", export(sources, "fp32", built.root / "peft")))
     with torch.inference_mode():
         want = built.models["all"](input_ids=torch.from_numpy(IDS)).logits.numpy()
@@ -191,7 +195,7 @@ def test_genai_takes_the_same_file(built: SimpleNamespace) -> None:
 
 
 def test_untouched_matrices_have_no_nodes_and_files_hold_only_what_is_touched(built: SimpleNamespace, tmp_path: Path) -> None:
-    sources = open_attached(str(built.root / "base"), {"some": (str(built.root / "some"), 1.0)})
+    sources = attach(built.root / "base", some=built.root / "some")
     model = export(sources, "int4-g32", tmp_path / "one")
     (row,) = model["adapters"]
     touched = {f"model.layers.{layer}.{matrix}" for layer in range(2) for matrix in ("attn.qkv_proj", "mlp.down_proj")}
@@ -205,7 +209,7 @@ def test_untouched_matrices_have_no_nodes_and_files_hold_only_what_is_touched(bu
 def test_a_wrong_name_and_a_file_of_another_model_are_told(built: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match=r"adapter 'sume'.*did you mean 'some'"):
         built.opened["fp32"].generate([[5]], Options(adapter="sume"))
-    sources = open_attached(str(built.root / "base"), {"some": (str(built.root / "some"), 1.0)})
+    sources = attach(built.root / "base", some=built.root / "some")
     model = export(sources, "int4-g32", tmp_path / "one")
     with pytest.raises(TrimtabError, match=r"known: some"):
         Generator(unpackaged(tmp_path / "one", model)).generate([[5]], Options(adapter="x"))
@@ -233,7 +237,7 @@ def test_a_wrong_name_and_a_file_of_another_model_are_told(built: SimpleNamespac
 def test_what_is_no_low_rank_product_is_refused_by_name(built: SimpleNamespace, tmp_path: Path, config: Any, found: str) -> None:
     train(built.root / "base", config, tmp_path / "tenant")
     with pytest.raises(DeltaError, match=found) as refused:
-        tenants(open_attached(str(built.root / "base"), {"tenant": (str(tmp_path / "tenant"), 1.0)}))
+        tenants(attach(built.root / "base", tenant=tmp_path / "tenant"))
     assert "merge it" in str(refused.value)
 
 
@@ -241,5 +245,5 @@ def test_an_adapter_of_another_base_is_refused_as_in_a_merge(built: SimpleNamesp
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 48})).save_pretrained(tmp_path / "other")
     with pytest.raises(DeltaError, match="the adapter is for another base"):
-        open_attached(str(tmp_path / "other"), {"all": (str(built.root / "all"), 1.0)})
+        attach(tmp_path / "other", all=built.root / "all")
     assert json.loads((built.root / "all" / "adapter_config.json").read_text())["r"] == 4
