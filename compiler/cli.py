@@ -145,6 +145,7 @@ def _brief(params: dict[str, Any]) -> str:
 )
 @click.option("--only", multiple=True, metavar="PATTERN", help="Change only modules that match, e.g. 'model.layers.3.*'; repeatable.")
 @click.option("--scale", multiple=True, metavar="PATTERN=X", help="Factor of the deltas on modules that match, e.g. '*.mlp.*=0.5'; the last match wins.")
+@click.option("--accept-base", metavar="DIGEST", help="Digest of BASE (trimtab inspect shows it): merge although a delta was made from another.")
 @OUT
 @AS_JSON
 def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollback: str | None, out: Path, as_json: bool, **mix: Any) -> None:
@@ -159,9 +160,9 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
     from compiler import delta_tools, model_tools
     from compiler.deltas.combine import combine_named
 
-    only, scale = mix.pop("only"), mix.pop("scale")
+    only, scale, accepted = mix.pop("only"), mix.pop("scale"), mix.pop("accept_base")
     method = combine_named(mix.pop("combine"), **mix, place="--combine")
-    mixture = _mixture(base, deltas, method, only, scale)
+    mixture = _mixture(base, deltas, method, only, scale, accepted)
     if rollback:
         _finish(delta_tools.merge_reversibly(mixture, dtype, out, rollback, _progress(as_json)), as_json)
     else:

@@ -38,14 +38,21 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
         click.echo("  ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, (list, dict))))
 
 
-def mixture(base: str, deltas: Sequence[str], combine: Combine | None = None, only: Sequence[str] = (), scale: Sequence[str] = ()) -> Mixture:
+def mixture(
+    base: str,
+    deltas: Sequence[str],
+    combine: Combine | None = None,
+    only: Sequence[str] = (),
+    scale: Sequence[str] = (),
+    accept_base: str | None = None,
+) -> Mixture:
     """What these options ask to merge. Raises RecipeError for patterns and factors that make no sense."""
     from compiler.deltas.combine import Combine
     from compiler.deltas.select import selection
     from compiler.sources import DeltaSource, Mixture
     from compiler.text import default_name
 
-    sources = tuple(DeltaSource(path, weight, default_name(path)) for path, weight in map(weighted, deltas))
+    sources = tuple(DeltaSource(path, weight, default_name(path), accept_base=accept_base) for path, weight in map(weighted, deltas))
     return Mixture(base, sources, combine or Combine(), selection(only, [_scaled(text) for text in scale], "--only, --scale"))
 
 

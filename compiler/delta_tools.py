@@ -14,9 +14,12 @@ from compiler.checkpoints.write import write_checkpoint
 from compiler.deltas import extract, rollback, survey
 from compiler.deltas.load import load_delta
 from compiler.errors import DeltaError, OutputError
+from compiler.evaluation.data import load_rows
 from compiler.progress import Progress
+from compiler.recipe import Recipe
 from compiler.record import Stopwatch, peak_rss_mb
-from compiler.sources import Mixture
+from compiler.sources import Mixture, mixture_of
+from compiler.stages import export as export_stage
 from compiler.store import writing
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -81,11 +84,33 @@ def inspect_delta(path: str, base: str | None, picture: Path | None) -> dict[str
     delta = load_delta(path)
     table = survey.as_table(survey.survey(delta, open_checkpoint(base) if base else None))
     if picture:
-        if picture.suffix not in PICTURES:
-            raise OutputError(str(picture), expected=f"a file ending in {', '.join(PICTURES)}", found=repr(picture.suffix), remedy="name it so")
+        _check_picture(picture)
         with writing(picture):
             survey.plot(table, f"{path} ({delta.kind})", picture)
     return {"delta": path, "kind": delta.kind, "trained_on": delta.base_name, "digest": delta.digest, **table}
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix not in PICTURES:
+        raise OutputError(str(path), expected=f"a file ending in {', '.join(PICTURES)}", found=repr(path.suffix), remedy="name it so")
+
+
+def ablate_recipe(recipe: Recipe, by: str, limit_rows: int | None, picture: Path | None, progress: Progress) -> dict[str, Any]:
+    """`trimtab delta ablate`: what each group of modules contributes to the recipe's evaluation (compiler.ablation). Raises TrimtabError."""
+    from compiler import ablation
+
+    if picture:
+        _check_picture(picture)
+    watch = Stopwatch()
+    limits = [limit for limit in (limit_rows, recipe.evaluate.limit_rows) if limit]
+    data = load_rows(recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None, min(limits, default=None))
+    sources = mixture_of(recipe).open()
+    task = str(export_stage.resolve_options(sources.merged, recipe.quantize.schemes, recipe.task, recipe.max_length)["task"])
+    found = ablation.ablate(sources, data, by, task, recipe.seed, progress)
+    if picture:
+        with writing(picture):
+            ablation.plot(found, f"{recipe.name}: contribution by {by}", picture)
+    return {"recipe": recipe.name, **found, "data": data.origin, "lineage": sources.lineage, "seconds": round(watch.seconds, 2)}
 
 
 def diff_checkpoints(old: str, new: str, out: Path, error: float, most: int, form: str | None, progress: Progress) -> dict[str, Any]:

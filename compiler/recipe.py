@@ -22,6 +22,7 @@ from compiler.scheme import Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DIGEST = r"^[0-9a-f]{64}$"
 
 
 class Part(BaseModel):
@@ -31,13 +32,18 @@ class Part(BaseModel):
 
 
 class DeltaItem(Part):
-    """One trained delta: its weight in the mixture, and the modules it changes. name: default the path's last part."""
+    """One trained delta: its weight in the mixture, and the modules it changes.
+
+    name         default: the path's last part
+    accept_base  digest of the base that may stand for the one the delta was made from
+    """
 
     path: str
     weight: float = 1.0
     name: Name | None = None
     only: Sequence[str] = ()
     scale: Mapping[str, float] = Field(default_factory=dict)
+    accept_base: str | None = Field(default=None, pattern=DIGEST)
 
     @model_validator(mode="after")
     def selectable(self) -> DeltaItem:

@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
 LINEAR = Combine()
 IDENTITY = ("kind", "weight", "digest", "select")
-LINEAGE = ("name", "origin", "kind", "weight", "digest", "select")
+LINEAGE = ("name", "origin", "kind", "weight", "digest", "select", "made_from", "accepted_base")
 
 
 @dataclass(frozen=True)
 class DeltaSource:
-    """One delta of a mixture: a path, package:MODULE/path or hub id. select: the modules it changes and by what factor."""
+    """One delta of a mixture: a path, package:MODULE/path or hub id. select, accept_base: as in `compiler.deltas.base.Delta`."""
 
     path: str
     weight: float = 1.0
     name: str = ""
     select: Selection = EVERYTHING
+    accept_base: str | None = None
 
     def load(self, folder: Path | None) -> Delta:
-        return load_delta(self.path, weight=self.weight, relative_to=folder, name=self.name or default_name(self.path), select=self.select)
+        name = self.name or default_name(self.path)
+        return load_delta(self.path, weight=self.weight, relative_to=folder, name=name, select=self.select, accept_base=self.accept_base)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Mixture:
 def mixture_of(recipe: Recipe) -> Mixture:
     """What a recipe asks to merge."""
     deltas = recipe.deltas
-    items = tuple(DeltaSource(item.path, item.weight, item.called, item.select) for item in deltas.items)
+    items = tuple(DeltaSource(item.path, item.weight, item.called, item.select, item.accept_base) for item in deltas.items)
     return Mixture(recipe.base, items, recipe.combine.checked, deltas.select, recipe.folder, deltas.mode == "attached")
 
 

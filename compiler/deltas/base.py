@@ -83,6 +83,7 @@ class Delta:
     every_layer   it says that it adapts the same modules in every layer: a layer without is a sign of another base
     tied          trained with input and output embedding tied (`ensure_weight_tying`)
     name          what the user calls it, "" when nobody named it
+    accept_base   digest of the base that the user accepts in place of the delta's own, None for no other
     select        the modules it changes, and by what factor (compiler.deltas.select)
     digest        sha256 over the delta's files
     """
@@ -99,6 +100,7 @@ class Delta:
     every_layer: bool = False
     tied: bool = False
     name: str = ""
+    accept_base: str | None = None
     select: Selection = EVERYTHING
 
     @cached_property

@@ -57,8 +57,13 @@ def bind(base: Checkpoint, names: Names, deltas: Sequence[Delta], select: Select
 
 
 def _check_digest(base: Checkpoint, delta: Delta) -> None:
-    if delta.base_digest and delta.base_digest != base.digest:
-        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], "compile it with the base it names")
+    """The base is the one the delta was made from, or the one that the user names by its digest in that one's place."""
+    if delta.accept_base and delta.accept_base != base.digest:
+        remedy = "name the digest of the base that this delta is to be merged into"
+        raise wrong_delta(delta.origin, f"the base that accept_base names, {delta.accept_base}", base.digest, remedy)
+    if delta.base_digest and delta.base_digest != base.digest and not delta.accept_base:
+        remedy = f"compile it with the base it names; to accept this one in its place, write accept_base: {base.digest}"
+        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], remedy)
 
 
 def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, Bound]]:

@@ -6,7 +6,7 @@ base, differences and the combine method; `MergePlan.record` says which delta to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -75,6 +75,8 @@ class MergePlan:
             "kind": delta.kind,
             "weight": delta.weight,
             "select": delta.select.as_dict(),
+            "made_from": delta.base_digest,
+            "accepted_base": self.base.digest if _overridden(self.base, delta) else None,
             "digest": delta.digest,
             "trained_on": delta.base_name,
             "tensors": sorted(name for name, edits in self.bound.items() if any(one.delta is delta for one in edits)),
@@ -122,7 +124,23 @@ def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str
     head, notes = untie(base, names, bound)
     known = {*base.tensors, *added, *(head or ())[:1]}
     kept = {name: tuple(edits) for name, edits in bound.items() if name in known}
-    return MergePlan(base, tuple(deltas), mixture, kept, added, head, notes, select)
+    return MergePlan(base, tuple(deltas), mixture, kept, added, head, (*notes, *_said(base, deltas, select)), select)
+
+
+def _overridden(base: Checkpoint, delta: Delta) -> bool:
+    """Does the user let this base stand for another that the delta was made from?"""
+    return bool(delta.accept_base and delta.base_digest and delta.base_digest != base.digest)
+
+
+def _said(base: Checkpoint, deltas: Sequence[Delta], select: Selection) -> Iterator[str]:
+    """What the user overrode or chose, for the manifest and the report."""
+    for delta in deltas:
+        if _overridden(base, delta):
+            yield f"{delta.origin} was made from base {delta.base_digest}; accept_base names {base.digest} in its place"
+        if delta.select.as_dict():
+            yield f"{delta.origin}: {delta.select}"
+    if select.as_dict():
+        yield f"all deltas: {select}"
 
 
 def _replaced(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
