@@ -86,6 +86,11 @@ def measure(work: Path, scheme: str, rounds: int) -> list[dict[str, Any]]:
                     found.setdefault((name, metric, "tok/s"), []).append(value)
             if number and tenant:
                 found.setdefault((name, "swap_ms", "ms"), []).append(swap_ms(generator, tenant))
+    for (name, metric, unit), values in list(found.items()):
+        if unit == "tok/s" and name.startswith("attached"):
+            twin = f"merged {name.split()[1].rstrip(',')}"
+            pairs = zip(values, found[twin, metric, unit], strict=True)
+            found[name, f"{metric} over merged", "ratio"] = [value / against for value, against in pairs]  # of one round: a slow moment slows both
     found |= {(name, "file_mb", "MB"): [size] for name, size in sizes.items()}
     return [
         {"system": f"{name} {scheme}", "metric": metric, "value": statistics.median(values), "unit": unit, "low": min(values), "high": max(values)}

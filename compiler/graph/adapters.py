@@ -58,7 +58,11 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class Site:
-    """A matrix of the graph, [rows of all sources, k], with a product beside it. sources: tensor without `.weight` -> rows, stacked; scale: the graph's factor."""
+    """A matrix of the graph, [rows of all sources, k], that may have a product beside it.
+
+    sources  tensor without `.weight` -> its rows, stacked in this order
+    scale    the graph's own factor on the matrix
+    """
 
     matrix: str
     sources: Mapping[str, int]
