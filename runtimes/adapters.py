@@ -26,7 +26,7 @@ class Adapters:
 
     def __init__(self, bundle: Bundle, session: Any) -> None:
         self._bundle = bundle
-        self._rows: dict[str, Mapping[str, Any]] = {str(row["name"]): row for row in bundle.model.get("adapters") or ()}
+        self._rows = _rows(bundle)
         self._shapes: dict[str, list[int | str]] = {node.name: node.shape for node in session.get_overridable_initializers()}
         self._kept: dict[str, Values] = {}
 
@@ -70,6 +70,17 @@ class Adapters:
             found = f"{misfits[0]} {values[misfits[0]].shape()} ({len(misfits)} of {len(values)} do not fit)"
             raise BundleError(str(path), expected="factors that this graph takes: an adapter for this model", found=found, remedy=REMEDY)
         return values
+
+
+def _rows(bundle: Bundle) -> dict[str, Mapping[str, Any]]:
+    """`model.adapters` of the manifest by name. Raises BundleError."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for number, row in enumerate(bundle.model.get("adapters") or ()):
+        if not isinstance(row, Mapping) or not {"name", "file", "model_version"} <= set(row):
+            place = f"{bundle.directory / 'manifest.json'}: model.adapters[{number}]"
+            raise BundleError(place, expected="name, file and model_version of an adapter", found=repr(row)[:60], remedy=REMEDY)
+        found[str(row["name"])] = row
+    return found
 
 
 def _fits(found: list[int], wanted: list[int | str] | None) -> bool:

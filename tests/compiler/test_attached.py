@@ -65,20 +65,17 @@ def test_two_tenants_over_one_base_are_judged_published_and_run(trimtab, recipe,
     assert [canary.get("adapter", "") for canary in canaries] == [""] * 4 + ["support"] * 4 + ["sales"] * 4
     assert trimtab("verify", bundle)[0] == 0
     assert "support (rank 8 at most" in trimtab("inspect", bundle)[1]
-    answers = {}
-    for name in ("support", "sales", ""):
-        chosen = ["--adapter", name] if name else []
-        answers[name] = json.loads(trimtab("run", bundle, "Say 3.", "--max-new-tokens", 12, "--json", *chosen)[1])["token_ids"]
-    assert len({tuple(ids) for ids in answers.values()}) > 1
+    assert len({str(canary["logits"]) for canary in canaries}) == 12  # no two answer alike
+    code, stdout, _ = trimtab("run", bundle, "Say 3.", "--max-new-tokens", 3, "--json", "--adapter", "sales")
+    assert code == 0 and len(json.loads(stdout)["token_ids"]) == 3
     code, _, stderr = trimtab("run", bundle, "Say 3.", "--adapter", "suport")
     assert code == 1 and "did you mean 'support'" in stderr and stderr.count("\n") == 1
     code, stdout, _ = trimtab("validate", bundle, "--limit", "kl_mean=1e-9")
     assert code == 3 and "kl_mean@sales" in stdout
 
-    swapped = {**files, "support.onnx_adapter": files["sales.onnx_adapter"]}
     (bundle / "support.onnx_adapter").write_bytes((bundle / "sales.onnx_adapter").read_bytes())
     code, _, stderr = trimtab("verify", bundle)
-    assert swapped and code == 1 and "support.onnx_adapter is altered" in stderr
+    assert code == 1 and "support.onnx_adapter is altered" in stderr
 
 
 def test_what_attached_deltas_cannot_have_is_told_before_any_work(trimtab, recipe, tiny_lora, tmp_path):
