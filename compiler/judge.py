@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compiler.attached import heaviest
 from compiler.evaluation.attribution import blamed
-from compiler.limits import PERCENTILE
+from compiler.limits import PERCENTILE, plain
 from compiler.progress import Progress
 from compiler.record import Stopwatch
 from compiler.report.verdict import Check, Verdict
@@ -54,7 +55,7 @@ class Evaluated:
     def of(result: Mapping[str, Any]) -> Evaluated:
         """From what the evaluate step found."""
         same = result["faithful"]
-        note = f"against the model in torch with the same stored weights, {same['tokens']} tokens"
+        note = f"against the {same['model']} model in torch with the same stored weights, {same['tokens']} tokens"
         return Evaluated(result["metrics"], result["stages"], built_in(FAITHFUL, same["value"], same["tolerance"], note))
 
     @staticmethod
@@ -85,20 +86,21 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     """Behaviours, then latency, memory and load time of a bundle folder in fresh processes; also the raw series for the report.
 
     After `asked.max_seconds` no further process is started and no further sample taken: what is undecided then is INCONCLUSIVE.
+    Of several unmerged adapters the one with the largest products answers: the others take less time and memory.
     """
     from runtimes.bench import BenchOptions, measure_in_child
 
-    watch, threads = Stopwatch(), min(profile.threads, usable_cores())
-    found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads, progress.update)]
+    watch, adapter = Stopwatch(), heaviest(open_bundle(bundle).model)
+    found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads(profile), progress.update)]
     timed = {name: value for name, value in asked.limits.items() if PERCENTILE.fullmatch(name) and value > 0}
     left = max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
-    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, threads=threads)
+    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, threads=threads(profile), adapter=adapter)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
         fresh.append(measure_in_child(bundle, short))
     series = {name.removesuffix("_ms"): values for name, values in result.series.items() if name.endswith("_ms")}
-    shown = {name: metric for name, metric in known.accuracy.items() if not asked.metrics or name in (*asked.metrics, *asked.limits)}
+    shown = {name: metric for name, metric in known.accuracy.items() if not asked.metrics or plain(name) in (*asked.metrics, *asked.limits)}
     measured = Measured(
         size_mb=package.device_bytes(bundle) / 1e6,
         accuracy=shown,
@@ -118,6 +120,11 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
 
 def behaviour_check(finding: Finding) -> Check:
     return built_in(finding.name, finding.measured, finding.limit, finding.note, not finding.skipped)
+
+
+def threads(profile: Profile) -> int:
+    """As many as the target has, at most what this process may use."""
+    return min(profile.threads, usable_cores())
 
 
 def write_reports(document: Mapping[str, Any], folder: Path) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.decode import DecodeLoop, Floats, read_layout
 from runtimes.encode import Encoder
@@ -100,7 +101,10 @@ class Subject:
             return Encoder(self.bundle, settings)
         genai = self.bundle.read_json("genai_config.json")
         session = open_session(self.bundle.model_path, settings)
-        return DecodeLoop(session, read_layout(session, genai, str(self.bundle.directory)), int(genai["model"]["context_length"]))
+        loop = DecodeLoop(session, read_layout(session, genai, str(self.bundle.directory)), int(genai["model"]["context_length"]))
+        adapters = Adapters(self.bundle, session)
+        loop.use(adapters.values(adapters.names[0] if adapters.names else ""))  # of several unmerged adapters the first answers
+        return loop
 
     @property
     def vocab(self) -> int:

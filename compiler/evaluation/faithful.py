@@ -28,8 +28,9 @@ from compiler.graph.encoder_quantize import dequantize_channels, quantize_channe
 from compiler.graph.passes import float_activations
 from compiler.quantizers import affine
 from compiler.scheme import Scheme, matrix_name, parse_scheme
+from runtimes.adapters import Adapters
 from runtimes.behaviours import EXACT, difference, probes
-from runtimes.bundle import read_json_object
+from runtimes.bundle import Bundle, read_json_object
 from runtimes.decode import DecodeLoop, read_layout
 from runtimes.session import open_session
 
@@ -101,6 +102,7 @@ def decoder_difference(model: Any, directory: Path, facts: Mapping[str, Any]) ->
     genai = read_json_object(directory / "genai_config.json")
     session = open_session(directory / "model.onnx", EXACT)
     loop = DecodeLoop(session, read_layout(session, genai, str(directory)), int(genai["model"]["context_length"]))
+    loop.use(Adapters(Bundle(directory, {"model": facts}, "decoder", ()), session).values(""))
     lengths = [min(length, loop.context_length - STEPS) for length in LENGTHS]
     rows = probes(loop.layout.vocab_size, [length + STEPS for length in lengths])
     logits = [loop.start([row[:length] for row, length in zip(rows, lengths, strict=True)]).copy()]

@@ -22,14 +22,58 @@ SHOWN_SAMPLES = 6
 BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a task table, as the report knows them
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a merged checkpoint and the exported files, with one of their unmerged adapters where `adapter` names it.
+
+    base  the base before the deltas, to show what they bring; None when there are none
+    """
+
+    merged: Checkpoint
+    base: Checkpoint | None
+    exported: Exported
+    adapter: str = ""
+
+
 def evaluate(merged: Checkpoint, base: Checkpoint | None, exported: Exported, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
     """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "stages": [...], "faithful": {...}, "data": {...}}.
 
     merged     the reference: the merged fp32 weights
     base       the base before the deltas, to show what they bring; None when there are none
     """
-    part = _decoder(merged, base, exported, data, report, seed) if exported.model["kind"] == "decoder" else _encoder(merged, exported, data, report)
-    return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
+    decodes = exported.model["kind"] == "decoder"
+    part = _decoder(Subject(merged, base, exported), data, report, seed) if decodes else _encoder(merged, exported, data, report)
+    return {**part, "data": told(data)}
+
+
+def evaluate_attached(
+    twins: Mapping[str, Checkpoint], base: Checkpoint, exported: Exported, data: EvaluationSet, report: Report, seed: int = 0
+) -> dict[str, Any]:
+    """The same for unmerged adapters: each is compared with its merged twin on the same data, and its metrics are called `kl_mean@NAME`.
+
+    The graph without an adapter is held against the base. No loss is attributed: the weights of the twins are not the ones that are stored.
+    twins  name of the adapter -> the merged fp32 weights it stands for
+    """
+    from compiler.reference import reference_model
+
+    whole: dict[str, Any] = {"metrics": {}, "task": [], "samples": [], "stages": []}
+    for name, twin in twins.items():
+
+        def named(what: str, done: int, most: int, name: str = name) -> None:
+            report(f"{what}, {name}", done, most)
+
+        part = _decoder(Subject(twin, base, exported, name), data, named, seed)
+        whole["metrics"] |= {f"{metric}@{name}": value for metric, value in part["metrics"].items()}
+        whole["task"] += [{**row, "metric": f"{row['metric']}@{name}"} for row in part["task"]]
+        whole["samples"] += [{**row, "adapter": name} for row in part["samples"][: max(1, SHOWN_SAMPLES // len(twins))]]
+    stored = exported.weights_of(reference_model(base, "text-generation"), base.config)
+    same = {**faithful.check(stored, exported.directory, exported.model), "model": "base"}
+    return {**whole, "faithful": same, "data": told(data)}
+
+
+def told(data: EvaluationSet) -> dict[str, Any]:
+    """What the report says about the data."""
+    return {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}
 
 
 @dataclass(frozen=True)
@@ -65,31 +109,33 @@ def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
     return Bundle(directory, {"model": model}, model["kind"], ())
 
 
-def _decoder(merged: Checkpoint, base: Checkpoint | None, exported: Exported, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
+def _decoder(subject: Subject, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
     from compiler.reference import reference_model
 
-    chat, directory = ChatFormat(merged), exported.directory
+    chat, exported = ChatFormat(subject.merged), subject.exported
     sequences = decoder.scored_sequences(data.rows, chat.tokenizer, chat.render, chat.eos_text)
-    loop = decoder.open_all_logits(directory)
-    reference = reference_model(merged, "text-generation")
+    loop = decoder.open_all_logits(exported.directory, exported.model, subject.adapter)
+    reference = reference_model(subject.merged, "text-generation")
     stages = attribution.TokenStages(sequences, decoder.merged_logits(reference))
     scores = decoder.score(sequences, stages.reference, decoder.bundle_logits(loop), report)
     stages.scored(scores)
     metrics = decoder.token_metrics(scores, seed)
     rows = [row for row in data.rows if row.messages]
     answers = {MERGED: chat.answers_by_reference(reference, rows, report)} if rows else {}
-    stored = exported.weights_of(reference, merged.config)
-    stages.after("quantize", decoder.merged_logits(stored))
-    same = faithful.check(stored, directory, exported.model)
-    del reference, stored
-    if base is not None:
-        before = reference_model(base, "text-generation")
+    same: dict[str, Any] = {}
+    if not subject.adapter:
+        exported.weights_of(reference, subject.merged.config)
+        stages.after("quantize", decoder.merged_logits(reference))
+        same = {**faithful.check(reference, exported.directory, exported.model), "model": "merged"}
+    del reference
+    if subject.base is not None:
+        before = reference_model(subject.base, "text-generation")
         stages.after("base", decoder.merged_logits(before))
         answers |= {BASE: chat.answers_by_reference(before, rows, report)} if rows else {}
     task: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     if rows:
-        answers[BUNDLE] = chat.answers_by_bundle(directory, rows, report)
+        answers[BUNDLE] = chat.answers_by_bundle(subject, rows, report)
         hits = {system: [got.strip() == row.answer.strip() for got, row in zip(texts, rows, strict=True)] for system, texts in answers.items()}
         task = [{"system": system, "metric": "exact_match", **decoder.share(hit)} for system, hit in sorted(hits.items())]
         metrics["exact_match"] = decoder.share(hits[BUNDLE])
@@ -154,13 +200,13 @@ class ChatFormat:
         ids = decoder.reference_answers(model, self.prompts(rows), self.eos_ids, self.new_tokens(rows), report)
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
-    def answers_by_bundle(self, directory: Path, rows: Sequence[Row], report: Report) -> list[str]:
+    def answers_by_bundle(self, subject: Subject, rows: Sequence[Row], report: Report) -> list[str]:
         """Greedy answers of the exported model in our own runtime, one prompt at a time as a device would."""
         from runtimes.generate import Generator, Options
         from runtimes.session import SessionSettings
 
-        generator = Generator(unpackaged(directory, {"kind": "decoder"}), SessionSettings(spinning=False))
-        options = Options(max_new_tokens=self.new_tokens(rows))
+        generator = Generator(unpackaged(subject.exported.directory, subject.exported.model), SessionSettings(spinning=False))
+        options = Options(max_new_tokens=self.new_tokens(rows), adapter=subject.adapter)
         answers = []
         for number, prompt in enumerate(self.prompts(rows)):
             answers.append(generator.generate([prompt], options)[0].text)
@@ -189,5 +235,5 @@ def _encoder(merged: Checkpoint, exported: Exported, data: EvaluationSet, report
             {"system": MERGED, "metric": "accuracy", **metrics["accuracy_reference"]},
             {"system": BUNDLE, "metric": "accuracy", **metrics["accuracy"]},
         ]
-    same = faithful.check(stored, exported.directory, model)
+    same = {**faithful.check(stored, exported.directory, model), "model": "merged"}
     return {"metrics": metrics, "task": task, "samples": [], "stages": attribution.ordered(stages), "faithful": same}
