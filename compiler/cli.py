@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from compiler.cli_bench import bench_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -356,4 +357,5 @@ def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
     click.echo(text)
 
 
+cli.add_command(bench_command)
 cli.add_command(delta_group)
