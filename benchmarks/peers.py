@@ -73,7 +73,8 @@ def make_llama(folder: Path, work: Path, jobs: int) -> None:
     shutil.copytree(made, folder / "tools", symlinks=True)
     purelib = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     shutil.copytree(source / "llama_cpp", purelib / "llama_cpp")
-    shutil.copytree(source / "vendor" / "llama.cpp" / "conversion", folder / "convert" / "conversion")
+    for part in ("conversion", "gguf-py"):  # what convert_hf_to_gguf.py looks for beside itself
+        shutil.copytree(source / "vendor" / "llama.cpp" / part, folder / "convert" / part)
     shutil.copy(source / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py", folder / "convert")
     library = purelib / "llama_cpp" / "lib"
     library.mkdir(exist_ok=True)

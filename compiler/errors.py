@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from targets.errors import BundleError, TargetError, TrimtabError
 
-__all__ = ["ArchitectureError", "BenchError", "BundleError", "CheckpointError", "DeltaError", "LimitError", "OutputError", "RecipeError", "TargetError", "TrimtabError"]
+__all__ = [
+    "ArchitectureError",
+    "BenchError",
+    "BundleError",
+    "CheckpointError",
+    "DeltaError",
+    "LimitError",
+    "OutputError",
+    "RecipeError",
+    "TargetError",
+    "TrimtabError",
+]
 
 
 class RecipeError(TrimtabError):

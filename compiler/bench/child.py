@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -50,7 +51,9 @@ class Child:
             line = ""
         answer: Mapping[str, Any] = json.loads(line) if line else {"error": self._last_words()}
         if "error" in answer:
-            raise BenchError(f"{self.system.name}: {op}", expected="an answer", found=str(answer["error"]), remedy="leave this system out, or make its model again")
+            raise BenchError(
+                f"{self.system.name}: {op}", expected="an answer", found=str(answer["error"]), remedy="leave this system out, or make its model again"
+            )
         self._signal("SIGSTOP")
         return dict(answer)
 
@@ -66,10 +69,8 @@ class Child:
             self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # an unread question to a dead process
                     stream.close()
-                except BrokenPipeError:
-                    pass  # an unread question to a dead process
 
     def _signal(self, name: str) -> None:
         if hasattr(signal, name) and self._process.poll() is None:

@@ -6,7 +6,6 @@ digest of the weights: another bundle of the same weights finds them again. Each
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from compiler.bench.child import file_bytes
-from compiler.bench.peers import ADAPTERS, ROOT, environments, python_of
+from compiler.bench.peers import environments, python_of
 from compiler.errors import BenchError
 from compiler.store import cache_key
 
 CHECKPOINT = "checkpoint"
-GENAI_OPTIONS = ("int4_accuracy_level=4", "int4_block_size=32", "int4_algo_config=k_quant", "shared_embeddings=true")
 Progress = Callable[[str], None]
 
 
@@ -40,23 +38,28 @@ class Form:
 
 
 PYTHON = "{python}"
-OPENVINO = (PYTHON, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", "{source}", "--task", "{task}")
+CONVERT = (sys.executable, "{env}/convert/convert_hf_to_gguf.py", "{source}", "--outtype", "f32", "--outfile", "{out}/model.gguf")
+OPENVINO = (PYTHON, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", "{source}", "--task", "{task}", "{out}", "--weight-format")
+GENAI = (PYTHON, "-m", "onnxruntime_genai.models.builder", "-i", "{source}", "-o", "{out}", "-p", "int4", "-e", "cpu", "-c", "{work}/cache")
+GENAI_OPTIONS = ("int4_accuracy_level=4", "int4_block_size=32", "int4_algo_config=k_quant", "shared_embeddings=true")
+GGUF_FILES, OPENVINO_FILES = ("*.gguf",), ("openvino_model.*",)
+
+
+def _gguf(kind: str) -> Form:
+    return Form("llama.cpp", ("{env}/tools/llama-quantize", "{f32}", "{out}/model.gguf", kind, "2"), GGUF_FILES, "model.gguf", "gguf-f32")
+
+
 FORMS: Mapping[str, Form] = {
     CHECKPOINT: Form("", (), ("*.safetensors",)),
-    "gguf-f32": Form("llama.cpp", (sys.executable, "{env}/convert/convert_hf_to_gguf.py", "{source}", "--outtype", "f32", "--outfile", "{out}/model.gguf"), ("*.gguf",), "model.gguf"),
-    **{
-        f"gguf-{kind}": Form("llama.cpp", ("{env}/tools/llama-quantize", "{f32}", "{out}/model.gguf", kind, "2"), ("*.gguf",), "model.gguf", "gguf-f32")
-        for kind in ("q4_0", "q4_k_m", "q8_0")
-    },
-    "openvino-fp32": Form("openvino", (*OPENVINO, "--weight-format", "fp32", "{out}"), ("openvino_model.*",)),
-    "openvino-int8": Form("openvino", (*OPENVINO, "--weight-format", "int8", "{out}"), ("openvino_model.*",)),
-    "openvino-int4": Form("openvino", (*OPENVINO, "--weight-format", "int4", "--group-size", "64", "--ratio", "1.0", "{out}"), ("openvino_model.*",)),
-    "genai-int4": Form(
-        "ort-genai",
-        (PYTHON, "-m", "onnxruntime_genai.models.builder", "-i", "{source}", "-o", "{out}", "-p", "int4", "-e", "cpu", "-c", "{work}/cache", "--extra_options", *GENAI_OPTIONS),
-        ("model.onnx*",),
-    ),
-}  # fmt: skip
+    "gguf-f32": Form("llama.cpp", CONVERT, GGUF_FILES, "model.gguf"),
+    "gguf-q4_0": _gguf("q4_0"),
+    "gguf-q4_k_m": _gguf("q4_k_m"),
+    "gguf-q8_0": _gguf("q8_0"),
+    "openvino-fp32": Form("openvino", (*OPENVINO, "fp32"), OPENVINO_FILES),
+    "openvino-int8": Form("openvino", (*OPENVINO, "int8"), OPENVINO_FILES),
+    "openvino-int4": Form("openvino", (*OPENVINO, "int4", "--group-size", "64", "--ratio", "1.0"), OPENVINO_FILES),
+    "genai-int4": Form("ort-genai", (*GENAI, "--extra_options", *GENAI_OPTIONS), ("model.onnx*",)),
+}
 
 
 def home(digest: str) -> Path:
@@ -117,7 +120,9 @@ def _run(command: list[str], env: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         words = " ".join((done.stdout + done.stderr).split())[-600:]
-        raise BenchError(f"peer {env}: {Path(command[0]).name}", expected="a model", found=f"exit code {done.returncode}: {words}", remedy="see the tool's own documentation")
+        raise BenchError(
+            f"peer {env}: {Path(command[0]).name}", expected="a model", found=f"exit code {done.returncode}: {words}", remedy="see the tool's own documentation"
+        )
 
 
 @contextmanager

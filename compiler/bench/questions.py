@@ -21,7 +21,7 @@ from compiler.errors import BenchError
 CONTEXTS = (0, 512, 2048)
 BATCHES = ((1, 32), (1, 128), (8, 128), (32, 256))
 NEW = 64
-UNITS = {"tok_s": "tok/s", "ms": "ms", "s": "s", "mb": "MB", "mean": "nats", "agreement": "share", "cosine": "cosine"}
+UNITS = {"tok_s": "tok/s", "ms": "ms", "s": "s", "mb": "MB"}
 HIGHER = ("decode_tok_s", "prefill_tok_s", "top1_agreement", "cosine")
 FRESH = "fresh"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import Any
 
 from compiler.bench import models
 from compiler.bench.accuracy import accuracy
-from compiler.bench.peers import DECODER, System, systems_of
+from compiler.bench.peers import System, python_of, systems_of
 from compiler.bench.questions import questions
 from compiler.bench.rounds import Entrant, Setting, run
 from compiler.bench.rows import OURS, Row, ratios, table
@@ -119,7 +120,7 @@ def _prepare(bundle: Bundle, rows: Sequence[System], request: BenchRequest, prog
     if not rows:
         return None
     for row in rows:
-        models.python_of(row.env)  # all that is missing is told before anything is made
+        python_of(row.env)  # all that is missing is told before anything is made
     checkpoint = models.reference(bundle.manifest, request.source, progress.note)
     for row in rows:
         models.make(row.form, checkpoint, _task(bundle), progress.note)
@@ -158,7 +159,12 @@ def _results(bundles: Sequence[Bundle], request: BenchRequest) -> Results:
     found = {key: old["conditions"].get(key) for key in conditions}
     if found != conditions:
         differs = ", ".join(key for key in conditions if found[key] != conditions[key])
-        raise BenchError(str(path), expected="results of the same bundles, machine and threads", found=f"other {differs}", remedy="leave --append out, or choose another --out")
+        raise BenchError(
+            str(path),
+            expected="results of the same bundles, machine and threads",
+            found=f"other {differs}",
+            remedy="leave --append out, or choose another --out",
+        )
     return Results(conditions, list(old["samples"]), list(old["accuracy"]), dict(old["systems"]), dict(old["file_mb"]))
 
 
@@ -167,12 +173,18 @@ def _last_round(samples: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _write(results: Results, bundle: Bundle, out: Path) -> None:
+    """NAME.json, NAME.md (the tables) and NAME.svg (the plot), each by rename."""
+    from compiler.bench.plot import plot
+    from compiler.bench.text import as_markdown
+
     results.conditions["date"] = datetime.now(UTC).date().isoformat()
+    document = results.as_dict()
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        work = _file(bundle, out).with_suffix(".json.part")
-        work.write_text(json.dumps(results.as_dict(), indent=1) + "\n", encoding="utf-8")
-        work.rename(_file(bundle, out))
-
-
-__all__ = ["DECODER", "BenchRequest", "Results", "bench"]
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=out) as work:
+            made = Path(work) / bundle.name
+            made.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            made.with_suffix(".md").write_text(as_markdown(document), encoding="utf-8")
+            plot(document, made.with_suffix(".svg"))
+            for path in Path(work).iterdir():
+                path.replace(out / path.name)

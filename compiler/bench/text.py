@@ -39,10 +39,26 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def as_text(results: Mapping[str, Any]) -> str:
     """The table, then how many times better than each peer. Metrics stand in rows here: a terminal is narrow."""
-    parts = [aligned(_turned(grid(results["rows"], "system", "value")))] if results["rows"] else []
+    return "\n\n".join("\n".join([*([title] if title else []), aligned(lines)]) for title, lines in _tables(results))
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The same as Markdown, with what it was measured on."""
+    conditions = results["conditions"]
+    head = f"{conditions['threads']} threads, {conditions['date']}; machine {conditions['machine'][:12]}. Median of rounds [95 % interval]."
+    parts = [head, *("\n\n".join([*([title] if title else []), markdown(lines)]) for title, lines in _tables(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(results: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """(title, lines) of the table and of the ratios, whichever has rows."""
+    tables = []
+    if results["rows"]:
+        tables.append(("", _turned(grid(results["rows"], "system", "value"))))
     if results["ratios"]:
-        parts += ["", "times better than the peer, within each round (above 1: trimtab is ahead)", aligned(_turned(grid(results["ratios"], "against", "ratio")))]
-    return "\n".join(parts)
+        title = "Times better than the peer, within each round (above 1: trimtab is ahead):"
+        tables.append((title, _turned(grid(results["ratios"], "against", "ratio"))))
+    return tables
 
 
 def _turned(lines: Sequence[Sequence[str]]) -> list[list[str]]:

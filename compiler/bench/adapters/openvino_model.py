@@ -28,14 +28,11 @@ class Decoder:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
         config.apply_chat_template = False
-        times: list[float] = []
-
         started = time.perf_counter()
         result = self.pipeline.generate(openvino.Tensor(np.array([prompt], np.int64)), config)
         total = time.perf_counter() - started
         metrics = result.perf_metrics.raw_metrics
-        times = [float(value) / 1e3 for value in metrics.m_times_to_first_token]  # ms
-        first = times[0]
+        first = float(metrics.m_times_to_first_token[0]) / 1e6  # microseconds
         tokens = [int(token) for token in result.tokens[0]]
         if len(tokens) != new:
             raise RuntimeError(f"{len(tokens)} tokens instead of {new}")
