@@ -17,9 +17,9 @@ from compiler.cli_bench import bench_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
+from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
-from compiler.cli_parts import weighted as _weighted
 from targets.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -144,6 +144,9 @@ def _brief(params: dict[str, Any]) -> str:
     type=click.Choice(["auto", "residual", "reference"]),
     help="Keep what takes the merge back: residuals of the base's words, or a reference to the base; auto: residuals unless larger than the base.",
 )
+@click.option("--only", multiple=True, metavar="PATTERN", help="Change only modules that match, e.g. 'model.layers.3.*'; repeatable.")
+@click.option("--scale", multiple=True, metavar="PATTERN=X", help="Factor of the deltas on modules that match, e.g. '*.mlp.*=0.5'; the last match wins.")
+@click.option("--accept-base", metavar="DIGEST", help="Digest of BASE (trimtab inspect shows it): merge although a delta was made from another.")
 @OUT
 @AS_JSON
 def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollback: str | None, out: Path, as_json: bool, **mix: Any) -> None:
@@ -153,15 +156,18 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
     Example:
       trimtab merge models/base --delta adapters/a=0.7 --delta adapters/b=0.3 --out merged
       trimtab merge models/base --delta adapters/a --delta adapters/b --combine ties --density 0.3 --out merged
+      trimtab merge models/base --delta adapters/a --only '*.mlp.*' --scale 'model.layers.3.*=0.5' --out merged
     """
-    from compiler import delta_tools, pipeline
+    from compiler import delta_tools, model_tools
     from compiler.deltas.combine import combine_named
 
+    only, scale, accepted = mix.pop("only"), mix.pop("scale"), mix.pop("accept_base")
     method = combine_named(mix.pop("combine"), **mix, place="--combine")
+    mixture = _mixture(base, deltas, method, only, scale, accepted)
     if rollback:
-        _finish(delta_tools.merge_reversibly(base, _weighted(deltas), method, dtype, out, rollback, _progress(as_json)), as_json)
+        _finish(delta_tools.merge_reversibly(mixture, dtype, out, rollback, _progress(as_json)), as_json)
     else:
-        _finish(pipeline.merge_files(base, _weighted(deltas), method, dtype, out, _progress(as_json)), as_json)
+        _finish(model_tools.merge_files(mixture, dtype, out, _progress(as_json)), as_json)
 
 
 @cli.command("quantize")
@@ -177,9 +183,9 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
     Example:
       trimtab quantize models/base --scheme int4-g32 --out seen-through-int4
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.quantize_files(base, _weighted(deltas), scheme, out, _progress(as_json)), as_json)
+    _finish(model_tools.quantize_files(_mixture(base, deltas), scheme, out, _progress(as_json)), as_json)
 
 
 @cli.command("export")
@@ -196,9 +202,9 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
     Example:
       trimtab export models/base --delta adapters/a --scheme int4-g64 --out onnx
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
+    _finish(model_tools.export_files(_mixture(base, deltas), scheme, task, out, _progress(as_json)), as_json)
 
 
 @cli.command("validate")
@@ -215,7 +221,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
     """
-    from compiler.pipeline import validate_bundle
+    from compiler.judge import validate_bundle
     from compiler.report.summary import print_report, summary_line
 
     outcome = validate_bundle(bundle, target, limits, report, junit, _progress(as_json))

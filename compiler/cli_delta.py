@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,6 +48,40 @@ def inspect_command(path: str, base: str | None, picture: Path | None, as_json: 
     click.echo(f"{'energy':>7s} {'norm':>10s} {'tensors':>9s}        layer")
     for row in found["layers"]:
         click.echo(f"{row['energy']:7.2%} {row['norm']:10.4g} {row['tensors']:9d}        {row['layer']}")
+
+
+@delta_group.command("ablate")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--by", type=click.Choice(["layer", "kind", "layer-kind"]), default="layer", show_default=True, help="How modules are grouped.")
+@click.option("--limit-rows", type=click.IntRange(1), help="Use only the first rows of the evaluation data.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="File (.svg, .png, .pdf) for the contributions by group.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe.")
+@AS_JSON
+def ablate_command(recipe: Path, by: str, limit_rows: int | None, picture: Path | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """Measure what each group of modules that the deltas of RECIPE change contributes to its evaluation.
+
+    \b
+    Example:
+      trimtab delta ablate recipe.yaml --by layer --limit-rows 50 --plot ablation.svg
+    """
+    from compiler.delta_tools import ablate_recipe
+    from compiler.recipe import load_recipe
+
+    found = ablate_recipe(load_recipe(recipe, settings), by, limit_rows, picture, progress(as_json))
+    if as_json:
+        print_json(found)
+        return
+    for key in ("base", "all"):
+        accuracy = "" if found[key]["accuracy"] is None else f", accuracy {found[key]['accuracy']:.1%}"
+        click.echo(f"{key:4s} loss {found[key]['loss']:.4f} nats{accuracy}, {found[key]['samples']} samples in {found['sequences']} sequences")
+    click.echo(f"{'without it the rest loses':>34s} {'alone it brings':>34s}  group (nats, 95 % interval; positive: it helps)")
+    for row in found["rows"]:
+        click.echo(f"{_interval(row['leave_out'])} {_interval(row['alone'])}  {row['group']}, {row['tensors']} tensors")
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    bounds = "too few sequences" if metric["low"] is None else f"{metric['low']:+.4f} to {metric['high']:+.4f}"
+    return f"{metric['value']:+.4f} [{bounds:>20s}]".rjust(34)
 
 
 @delta_group.command("diff")

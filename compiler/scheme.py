@@ -75,6 +75,28 @@ class Schemes:
         return chosen
 
 
+FUSED = (
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.(?:q|k|v|qkv)_proj\.weight"), r"\1.attn.qkv_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.o_proj\.weight"), r"\1.attn.o_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.(?:gate|up|gate_up)_proj\.weight"), r"\1.mlp.gate_up_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.down_proj\.weight"), r"\1.mlp.down_proj"),
+    (re.compile(r"lm_head\.weight"), "lm_head"),
+)
+
+
+def matrix_name(tensor: str, config: Mapping[str, Any]) -> str | None:
+    """The fused matrix of the graph that a checkpoint tensor belongs to; None for vectors and what is never quantized.
+
+    `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.attn.qkv_proj`; a tied embedding -> `lm_head`.
+    """
+    if tensor == "model.embed_tokens.weight":
+        return "lm_head" if config.get("tie_word_embeddings") else "model.embed_tokens"
+    for pattern, name in FUSED:
+        if match := pattern.fullmatch(tensor):
+            return match.expand(name)
+    return None
+
+
 ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
 
 

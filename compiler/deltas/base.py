@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from compiler.checkpoints.view import TensorView
+from compiler.deltas.select import EVERYTHING, Selection
 from compiler.errors import DeltaError
 
 # (first row, base rows float32 [n, ...], is the tensor stored transposed) -> difference at weight 1, float32 [n, ...]
@@ -77,6 +78,9 @@ class Delta:
     task          PEFT's task type, "" when it does not say
     every_layer   it says that it adapts the same modules in every layer: a layer without is a sign of another base
     tied          trained with input and output embedding tied (`ensure_weight_tying`)
+    name          what the user calls it, "" when nobody named it
+    accept_base   digest of the base that the user accepts in place of the delta's own, None for no other
+    select        the modules it changes, and by what factor (compiler.deltas.select)
     digest        sha256 over the delta's files
     """
 
@@ -91,6 +95,9 @@ class Delta:
     task: str = ""
     every_layer: bool = False
     tied: bool = False
+    name: str = ""
+    accept_base: str | None = None
+    select: Selection = EVERYTHING
 
     @cached_property
     def digest(self) -> str:

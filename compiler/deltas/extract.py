@@ -153,7 +153,7 @@ def write_delta(folder: Path, form: str, found: Sequence[Difference], old: Check
     if form == "lora":
         config, stored = _lora(list(found), old, new)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_tensors(folder / "adapter_model.safetensors", stored, {"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", stored, {"format": "pt", "base_digest": old.digest})
         labels = {key: new.config[key] for key in ("id2label", "label2id") if key in new.config}
         if any(one.old is None for one in found) and labels:
             (folder / "config.json").write_text(json.dumps(labels, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

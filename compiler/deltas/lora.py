@@ -35,7 +35,6 @@ NOT_BUILT: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA (it depends on the prompt, so it cannot be merged)",
     "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "trainable_token_indices": "trainable tokens",
 }
 # These start by taking the factors out of the base, so A and B fit a base that is nowhere stored
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

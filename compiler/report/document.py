@@ -122,12 +122,13 @@ class DeltaRow(Part):
 
 
 class Lineage(Part):
-    """Base, deltas, resolved recipe and tool versions."""
+    """Base, deltas, resolved recipe, tool versions, and what the merge did beyond adding: untied, overridden, selected."""
 
     base: BaseRow | None = None
     deltas: tuple[DeltaRow, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
     tools: dict[str, Any] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class FileRow(Part):

@@ -208,7 +208,8 @@ def samples_table(report: Report) -> str:
 def lineage_table(report: Report) -> str:
     rows = [["base", code(report.lineage.base.origin), "", code(report.lineage.base.digest)]] if report.lineage.base else []
     rows += [[f"delta {escaped(delta.kind)}", code(delta.origin), words.number(delta.weight), code(delta.digest)] for delta in report.lineage.deltas]
-    return table(("part", "origin", "weight", "digest"), rows)
+    notes = "".join(f"\n* {escaped(note)}" for note in report.lineage.notes)
+    return table(("part", "origin", "weight", "digest"), rows) + (f"\n{notes}" if notes else "")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

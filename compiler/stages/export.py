@@ -15,8 +15,7 @@ from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
-from compiler.scheme import Scheme, Schemes, parse_scheme
-from compiler.stages.quantize import matrix_name
+from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme
 from compiler.store import writing
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")

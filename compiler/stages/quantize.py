@@ -7,7 +7,6 @@ the kernels. It answers "what does the rounding alone cost", apart from kernels 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,29 +15,8 @@ import numpy as np
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.quantizers import affine
-from compiler.scheme import Scheme, Schemes
+from compiler.scheme import Scheme, Schemes, matrix_name
 from compiler.store import cache_key
-
-FUSED = (
-    (re.compile(r"(model\.layers\.\d+)\.self_attn\.(?:q|k|v|qkv)_proj\.weight"), r"\1.attn.qkv_proj"),
-    (re.compile(r"(model\.layers\.\d+)\.self_attn\.o_proj\.weight"), r"\1.attn.o_proj"),
-    (re.compile(r"(model\.layers\.\d+)\.mlp\.(?:gate|up|gate_up)_proj\.weight"), r"\1.mlp.gate_up_proj"),
-    (re.compile(r"(model\.layers\.\d+)\.mlp\.down_proj\.weight"), r"\1.mlp.down_proj"),
-    (re.compile(r"lm_head\.weight"), "lm_head"),
-)
-
-
-def matrix_name(tensor: str, config: Mapping[str, Any]) -> str | None:
-    """The fused matrix of the graph that a checkpoint tensor belongs to; None for vectors and what is never quantized.
-
-    `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.attn.qkv_proj`; a tied embedding -> `lm_head`.
-    """
-    if tensor == "model.embed_tokens.weight":
-        return "lm_head" if config.get("tie_word_embeddings") else "model.embed_tokens"
-    for pattern, name in FUSED:
-        if match := pattern.fullmatch(tensor):
-            return match.expand(name)
-    return None
 
 
 def scheme_of(view: TensorView, schemes: Schemes, config: Mapping[str, Any]) -> Scheme | None:

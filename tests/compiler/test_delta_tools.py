@@ -298,6 +298,7 @@ def test_mixed_kinds_combine_and_come_back(method: str, tmp_path: Path, monkeypa
     from compiler.delta_tools import merge_reversibly, roll_back
     from compiler.deltas import mix
     from compiler.deltas.combine import combine_named
+    from compiler.sources import DeltaSource, Mixture
 
     new = {**LLAMA, Q: LLAMA[Q].copy()}
     new[Q].reshape(-1)[[3, 700]] += 1
@@ -321,7 +322,7 @@ def test_mixed_kinds_combine_and_come_back(method: str, tmp_path: Path, monkeypa
     parts = np.concatenate([found.rows(start, min(start + 7, 40)) for start in range(0, 40, 7)])
     wrong = ~np.isclose(parts, expected, rtol=1e-5, atol=1e-5)  # the differences of `alone` went through the base's rounding: a sign may fall the other way
     assert wrong.mean() <= 0.005
-    merge_reversibly(old, sources, combine, None, tmp_path / "merged", "residual", QUIET)
+    merge_reversibly(Mixture(old, [DeltaSource(*one) for one in sources], combine), None, tmp_path / "merged", "residual", QUIET)
     roll_back(str(tmp_path / "merged"), None, None, tmp_path / "again", QUIET)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "old" / "model.safetensors").read_bytes()
 
