@@ -20,9 +20,9 @@ from pathlib import Path
 from compiler.bench.peers import environments
 from compiler.bench.side import BenchRequest, bench
 from compiler.bench.text import as_text
-from compiler.pipeline import open_sources
 from compiler.progress import Progress
 from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
 from compiler.stages import export, package
 
 HERE = Path(__file__).resolve().parent
@@ -48,7 +48,7 @@ SUBJECTS = (
 def bundle(name: str, base: str, scheme: str) -> Path:
     """An unvalidated bundle beside the peers' models, made anew: code may have changed since the last run."""
     place = environments() / "bundles" / f"{name}-{scheme}"
-    sources = open_sources(base, [])
+    sources = Mixture(base).open()
     options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
     with package.staging(place) as work:
         summary = export.export(sources.merged, options, work, lambda *_: None)

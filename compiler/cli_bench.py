@@ -16,7 +16,7 @@ from compiler.cli_parts import AS_JSON, print_json, progress
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Times that every system is asked every question.")
 @click.option("--seconds", type=click.FloatRange(1), default=600.0, show_default=True, help="No round begins after this.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads of every system; default: this process's cores.")
-@click.option("--source", help="A checkpoint with the bundle's base, when its lineage names one that has moved.")
+@click.option("--source", help="The recipe that the bundle was compiled from, or its base: where peers find its weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for NAME.json, NAME.md and NAME.svg.")
 @click.option("--append", is_flag=True, help="Add rounds to the results that are in --out.")
 @click.option("--prepare", is_flag=True, help="Make the peers' models and stop.")

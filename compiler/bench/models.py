@@ -13,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compiler.bench.child import file_bytes
 from compiler.bench.peers import environments, python_of
 from compiler.errors import BenchError
+from compiler.sources import Mixture, mixture_of
 from compiler.store import cache_key
 
 CHECKPOINT = "checkpoint"
@@ -70,26 +71,39 @@ def home(digest: str) -> Path:
 def reference(manifest: Mapping[str, Any], source: str | None, say: Progress) -> Path:
     """The bundle's merged weights as a float32 checkpoint on disk.
 
-    source  a checkpoint with these weights, when what the lineage names is no longer there
+    source  the recipe that the bundle was compiled from, or its base, when what the lineage names is not found from here
     Raises BenchError when base or deltas are not those of the lineage.
     """
     from compiler.checkpoints.write import write_checkpoint
-    from compiler.pipeline import open_sources
 
-    lineage = manifest["lineage"]
-    digests = [lineage["base"]["digest"], *(row["digest"] for row in lineage["deltas"])]
-    place = home(cache_key({"digests": digests, "weights": [row["weight"] for row in lineage["deltas"]], "combine": lineage["combine"]}))
-    if not (place / CHECKPOINT / "config.json").is_file():
-        deltas = [(row["origin"], row["weight"]) for row in lineage["deltas"]]
-        sources = open_sources(source or lineage["base"]["origin"], deltas, lineage["combine"])
-        found = [sources.lineage["base"]["digest"], *(row["digest"] for row in sources.lineage["deltas"])]
-        if found != digests:
-            expected, remedy = "the base and deltas that the bundle was made from", "name the base with --source, from the folder where the deltas are found"
+    wanted = _contents(manifest["lineage"])
+    place = home(cache_key(wanted)) / CHECKPOINT
+    if not (place / "config.json").is_file():
+        sources = _mixture(manifest["lineage"], source).open()
+        if _contents(sources.lineage) != wanted:
+            expected, remedy = "the base and deltas that the bundle was made from", "name the recipe it was compiled from with --source"
             raise BenchError("the bundle's lineage", expected=expected, found="other contents", remedy=remedy)
         say("the merged weights in float32")
-        with _beside(place / CHECKPOINT) as work:
+        with _beside(place) as work:
             write_checkpoint(sources.merged, work, dtype="F32")
-    return place / CHECKPOINT
+    return place
+
+
+def _contents(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines the merged weights, without names and paths."""
+    deltas = [{key: row.get(key) for key in ("kind", "weight", "digest", "select")} for row in lineage["deltas"]]
+    return {"base": lineage["base"]["digest"], "deltas": deltas, "combine": lineage["combine"], "select": lineage.get("select")}
+
+
+def _mixture(lineage: Mapping[str, Any], source: str | None) -> Mixture:
+    from compiler.recipe import load_recipe, parse_recipe
+
+    if source and source.endswith((".yaml", ".yml")):
+        return mixture_of(load_recipe(Path(source)))
+    if "recipe" in lineage:
+        mixture = mixture_of(parse_recipe(lineage["recipe"], Path("recipe.yaml")))
+        return replace(mixture, base=source) if source else mixture
+    return Mixture(source or lineage["base"]["origin"])
 
 
 def make(form: str, checkpoint: Path, task: str, say: Progress) -> Path:

@@ -10,8 +10,8 @@ import pytest
 from compiler.bench import child, models, peers, questions, rounds, rows, text
 from compiler.bench.peers import SYSTEMS, System
 from compiler.errors import BenchError
-from compiler.pipeline import open_sources
 from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
 from compiler.stages import export, package
 
 
@@ -108,7 +108,7 @@ def test_text_stands_in_columns():
 @pytest.fixture(scope="module")
 def tiny_bundle(tiny_llama, tmp_path_factory):
     """tiny_llama as a float32 bundle with its lineage, without validation."""
-    sources = open_sources(str(tiny_llama), [])
+    sources = Mixture(str(tiny_llama)).open()
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     folder.mkdir()
     options = export.resolve_options(sources.merged, Schemes(parse_scheme("fp32")), None, None)

@@ -11,6 +11,8 @@ import llama_cpp
 import numpy as np
 from protocol import serve
 
+ENCODER_TOKENS = 512  # of one batch of texts
+
 
 class LlamaCpp:
     """options: "embeddings" true for an encoder, "ubatch" tokens of a physical batch."""
@@ -31,8 +33,8 @@ class LlamaCpp:
         self.encoder = bool(question.get("embeddings"))
         if self.encoder:
             options.embeddings, options.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_MEAN
-            options.n_ubatch, options.n_seq_max = options.n_batch, 64
-            options.kv_unified = True
+            options.n_ctx = options.n_batch = options.n_ubatch = ENCODER_TOKENS
+            options.n_seq_max, options.kv_unified = 64, True
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
             raise RuntimeError("llama.cpp makes no context")
@@ -85,18 +87,22 @@ class LlamaCpp:
         return np.ctypeslib.as_array(address, (count, self.vocab_size))[:-1].copy()
 
     def encode(self, ids: list[list[int]]) -> tuple[float, Any]:
-        batch = self.batch(ids, 0)
+        """A few rows a call: attention inside a batch spans all its rows, so one huge batch is slower than several small ones."""
+        rows = max(1, ENCODER_TOKENS // len(ids[0]))
+        batches = [self.batch(ids[at : at + rows], 0) for at in range(0, len(ids), rows)]
+        vectors = []
         started = time.perf_counter()
-        if llama_cpp.llama_encode(self.context, batch):
-            raise RuntimeError("llama_encode fails")
-        rows = []
-        for row in range(len(ids)):
-            address = llama_cpp.llama_get_embeddings_seq(self.context, row)
-            rows.append(np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.width,)).copy())
+        for number, batch in enumerate(batches):
+            if llama_cpp.llama_encode(self.context, batch):
+                raise RuntimeError("llama_encode fails")
+            for row in range(min(rows, len(ids) - number * rows)):
+                address = llama_cpp.llama_get_embeddings_seq(self.context, row)
+                vectors.append(np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.width,)).copy())
         seconds = time.perf_counter() - started
-        llama_cpp.llama_batch_free(batch)
-        vectors = np.stack(rows)
-        return seconds, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        for batch in batches:
+            llama_cpp.llama_batch_free(batch)
+        joined = np.stack(vectors)
+        return seconds, joined / np.linalg.norm(joined, axis=1, keepdims=True)
 
 
 @llama_cpp.llama_log_callback
