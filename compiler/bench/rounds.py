@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +52,12 @@ class Setting:
         return [self.prompt(question.length, place + row) for row in range(question.batch)]
 
 
-def run(entrants: Sequence[Entrant], questions: Sequence[Question], setting: Setting, say: Say) -> tuple[list[Sample], dict[str, Any]]:
-    """Samples of all rounds, and what each system says about itself. Raises BenchError when a system fails."""
+def run(entrants: Sequence[Entrant], questions: Sequence[Question], setting: Setting, say: Say) -> Iterator[tuple[list[Sample], dict[str, Any]]]:
+    """Round by round, its samples and what each system says about itself. Raises BenchError when a system fails."""
     live = [question for question in questions if not question.fresh]
     fresh = [question for question in questions if question.fresh]
     context = max((question.context + NEW for question in live if question.context >= 0), default=0)
     context = max([context, *(question.batch * question.length for question in live)])
-    samples: list[Sample] = []
     about: dict[str, Any] = {}
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -72,9 +71,8 @@ def run(entrants: Sequence[Entrant], questions: Sequence[Question], setting: Set
         for number in range(setting.first_round, setting.first_round + setting.rounds):
             if time.perf_counter() - started > setting.seconds:
                 break
-            samples += _round(children, entrants, live, fresh, setting, number)
+            yield _round(children, entrants, live, fresh, setting, number), about
             say(f"round {number + 1} after {time.perf_counter() - started:.0f} s")
-    return samples, about
 
 
 def _round(

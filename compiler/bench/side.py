@@ -98,9 +98,11 @@ def bench(folders: Sequence[Path], request: BenchRequest, progress: Progress) ->
     setting = Setting(request.threads or usable_cores(), _text(bundles[0]), request.rounds, request.seconds, 1 + _last_round(results.samples))
     if request.only != (ACCURACY,):
         with progress.stage("bench", f"{len(entrants)} systems, {request.rounds} rounds, {setting.threads} threads"):
-            samples, about = run(entrants, asked, setting, progress.note)
-            results.samples += samples
-            results.about |= about
+            for samples, about in run(entrants, asked, setting, progress.note):
+                results.samples += samples
+                results.about |= about
+                if request.out:
+                    _write(results, bundles[0], request.out, pictures=False)  # what a later round breaks must not take this one with it
     if checkpoint and (not request.only or ACCURACY in request.only):
         names = {entrant.system.name for entrant in entrants}
         kept = [row for row in results.accuracy if row["system"] not in names]
@@ -172,8 +174,8 @@ def _last_round(samples: Sequence[Mapping[str, Any]]) -> int:
     return max((int(sample["round"]) for sample in samples), default=-1)
 
 
-def _write(results: Results, bundle: Bundle, out: Path) -> None:
-    """NAME.json, NAME.md (the tables) and NAME.svg (the plot), each by rename."""
+def _write(results: Results, bundle: Bundle, out: Path, pictures: bool = True) -> None:
+    """NAME.json and with `pictures` NAME.md (the tables) and NAME.svg (the plot), each by rename."""
     from compiler.bench.plot import plot
     from compiler.bench.text import as_markdown
 
@@ -182,9 +184,10 @@ def _write(results: Results, bundle: Bundle, out: Path) -> None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".bench-", dir=out) as work:
-            made = Path(work) / bundle.name
-            made.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            made.with_suffix(".md").write_text(as_markdown(document), encoding="utf-8")
-            plot(document, made.with_suffix(".svg"))
+            made = {suffix: Path(work) / f"{bundle.name}.{suffix}" for suffix in ("json", "md", "svg")}
+            made["json"].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            if pictures:
+                made["md"].write_text(as_markdown(document), encoding="utf-8")
+                plot(document, made["svg"])
             for path in Path(work).iterdir():
                 path.replace(out / path.name)
