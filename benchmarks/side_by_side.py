@@ -51,7 +51,7 @@ def bundle(name: str, base: str, scheme: str) -> Path:
     sources = Mixture(base).open()
     options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
     with package.staging(place) as work:
-        summary = export.export(sources.merged, options, work, lambda *_: None)
+        summary = export.export(sources.merged, options, work, lambda *_: None)  # leaves export.json, which the roofline reads
         package.write_manifest(work, {"name": place.name, "model": summary["model"], "lineage": sources.lineage})
         package.publish(work, place)
     return place

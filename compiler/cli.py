@@ -20,6 +20,7 @@ from compiler.cli_parts import finish as _finish
 from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
+from compiler.cli_targets import targets_group
 from targets.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -105,12 +106,13 @@ def _worst_exit(codes: Any) -> int:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe.")
 @AS_JSON
 def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Show what compiling RECIPE will run, what is cached, and the predicted size.
+    """Show what compiling RECIPE will run, what is cached, and the predicted size, latency and memory.
 
     \b
     Example:
       trimtab plan recipe.yaml
     """
+    from compiler.foresight import prediction_lines
     from compiler.pipeline import plan_recipe
     from compiler.recipe import load_recipe
 
@@ -120,6 +122,8 @@ def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None
         return
     for plan in plans:
         click.echo(f"{plan['name']} for {plan['target']}: about {plan['predicted_size_mb']:.1f} MB of weights (predicted)")
+        for line in prediction_lines(plan["prediction"]):
+            click.echo(f"  {line}")
         for row in plan["steps"]:
             click.echo(f"  {row['stage']:9s} {row['state']:12s} {row['key'][:12]:13s}{_brief(row['params'])}")
 
@@ -266,13 +270,17 @@ def inspect_command(path: str, as_json: bool) -> None:
       trimtab inspect out/support-assistant-here
     """
     from compiler.commands import describe
+    from compiler.foresight import prediction_lines
 
     description = describe(path)
     if as_json:
         _print_json(description)
         return
+    prediction = description.pop("prediction", {})
     for key, value in description.items():
         click.echo(f"{key:14s} {value if not isinstance(value, (list, dict)) else json.dumps(value, ensure_ascii=False)}")
+    for line in prediction_lines(prediction) if prediction else ():
+        click.echo(line)
 
 
 @cli.command("verify")
@@ -297,71 +305,6 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
-@cli.group("targets")
-def targets_group() -> None:
-    """Machines: the profiles that are known, and this one.
-
-    \b
-    Example:
-      trimtab targets show here
-    """
-
-
-@targets_group.command("list")
-@AS_JSON
-def targets_list(as_json: bool) -> None:
-    """List the known profiles.
-
-    \b
-    Example:
-      trimtab targets list
-    """
-    from compiler.commands import list_targets
-
-    rows = list_targets()
-    if as_json:
-        _print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"{row['id']:24s} {row['summary']}")
-
-
-@targets_group.command("show")
-@click.argument("profile", default="here")
-@AS_JSON
-def targets_show(profile: str, as_json: bool) -> None:
-    """Show a profile: each field with where it comes from.
-
-    \b
-    Example:
-      trimtab targets show raspberry-pi-5
-    """
-    from compiler.commands import show_target
-
-    fields = show_target(profile)
-    if as_json:
-        _print_json(fields)
-        return
-    for name, value in fields.items():
-        click.echo(f"{name:28s} {value if not isinstance(value, (list, dict)) else json.dumps(value)}")
-
-
-@targets_group.command("probe")
-@click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Time budget.")
-@click.option("--out", type=click.Path(path_type=Path), help="Profile file to write; default: print it.")
-@AS_JSON
-def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
-    """Measure this machine: bandwidth, arithmetic, and onnxruntime's own kernels.
-
-    \b
-    Example:
-      trimtab targets probe --out here.yaml
-    """
-    from compiler.commands import probe_target
-
-    text = probe_target(seconds, out, _progress(as_json), as_json)
-    click.echo(text)
-
-
 cli.add_command(bench_command)
 cli.add_command(delta_group)
+cli.add_command(targets_group)

@@ -85,7 +85,9 @@ def is_own_delta(path: Path) -> bool:
 
 
 def _describe_bundle(folder: Path) -> dict[str, Any]:
+    from compiler.foresight import foresee_bundle
     from runtimes.bundle import open_bundle
+    from targets.profile import load_profile
 
     bundle = open_bundle(folder)
     manifest, model = bundle.manifest, bundle.model
@@ -103,6 +105,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "deltas": [f"{row['origin']} ({row['kind']}, weight {row['weight']}, {row['touched']} tensors)" for row in lineage["deltas"]],
         "digest": manifest["digest"],
         "files": len(bundle.files),
+        "prediction": foresee_bundle(folder, load_profile("here")),
     }
 
 
@@ -152,19 +155,19 @@ def show_target(name: str) -> dict[str, Any]:
     return load_profile(name).as_dict()
 
 
-def probe_target(seconds: float, out: Path | None, progress: Progress, as_json: bool) -> str:
-    """Measure this machine; write the profile as YAML to `out`, or return it as text."""
-    import yaml
-
+def probe_target(seconds: float, out: Path | None, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
+    """Measure this machine; keep the profile for `here`, and write it to `out` too. Returns its fields and the files written."""
     from compiler.store import writing
     from targets.probe import probe
+    from targets.profile import dump_profile, measured_place
 
     with progress.stage("probe", f"this machine, about {seconds:.0f} s"):
         profile = probe(seconds, lambda item, done, total: progress.update(item, done, total))
-    fields = profile.as_dict()
-    text = json.dumps(fields, indent=2) if as_json else yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-    if out is None:
-        return text
-    with writing(out):
-        out.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return text if as_json else f"wrote {out}"
+    places = [measured_place(profile.fingerprint), *([out] if out else [])]
+    for place in places:
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            work = place.with_name(f".{place.name}.new")
+            work.write_text(dump_profile(profile), encoding="utf-8")
+            work.rename(place)
+    return profile.as_dict(), places

@@ -17,6 +17,7 @@ from typing import Any
 from compiler import judge
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
+from compiler.foresight import foresee
 from compiler.judge import Outcome
 from compiler.plan import Plan, make_plan
 from compiler.progress import Progress
@@ -50,12 +51,17 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """What compiling would run, per target: steps with key and state, and the predicted size in MB."""
+    """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
     sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
     plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
     options = plans[0].step("export").params
     size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
-    return [{"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "steps": plan.rows(store)} for plan in plans]
+    decoder = options["road"] == export_stage.DECODER
+    foreseen = [foresee(sources.merged, recipe.quantize.schemes, decoder, _profile(recipe, target)) for target in recipe.targets]
+    return [
+        {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "prediction": prediction, "steps": plan.rows(store)}
+        for plan, prediction in zip(plans, foreseen, strict=True)
+    ]
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = ()) -> list[Outcome]:

@@ -11,6 +11,7 @@ asymmetric:  zero_point is a stored uint of `bits` bits
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -95,6 +96,19 @@ def matrix_name(tensor: str, config: Mapping[str, Any]) -> str | None:
         if match := pattern.fullmatch(tensor):
             return match.expand(name)
     return None
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """[rows, width] under a scheme. [576, 576] at int4-g32: 576 * 18 * (16 + 4) = 207360."""
+    size = math.prod(shape)
+    if not scheme.quantized or len(shape) != 2:
+        return size * scheme.bits // 8
+    rows, width = shape
+    if scheme.group_size is None:
+        return size * scheme.bits // 8 + 4 * rows
+    groups = -(-width // scheme.group_size)
+    zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
+    return rows * (groups * (scheme.group_size * scheme.bits // 8 + 4) + zero_points)
 
 
 ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}

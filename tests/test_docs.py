@@ -22,10 +22,9 @@ from compiler.deltas.load import load_delta
 from compiler.errors import TrimtabError
 from compiler.limits import PERCENTILE, ROWS, quantity
 from compiler.recipe import Recipe, load_recipe, parse_limits, parse_recipe
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Schemes, parse_scheme, stored_bytes
 from compiler.stages.export import road
 from compiler.stages.merge import merged_view
-from compiler.stages.quantize import stored_bytes
 from compiler.store import writing
 from compiler.text import read_yaml
 from runtimes.metrics import look_confidence, min_samples

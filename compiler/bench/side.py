@@ -14,6 +14,7 @@ from compiler.bench import models
 from compiler.bench.accuracy import accuracy
 from compiler.bench.peers import System, python_of, systems_of
 from compiler.bench.questions import questions
+from compiler.bench.roofline import roofline
 from compiler.bench.rounds import Entrant, Setting, run
 from compiler.bench.rows import OURS, Row, ratios, table
 from compiler.errors import BenchError
@@ -52,6 +53,7 @@ class Results:
     accuracy: list[Row] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     file_mb: dict[str, float] = field(default_factory=dict)
+    roofline: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -70,6 +72,7 @@ class Results:
             "samples": self.samples,
             "accuracy": self.accuracy,
             "file_mb": self.file_mb,
+            "roofline": self.roofline,
         }
 
 
@@ -107,6 +110,9 @@ def bench(folders: Sequence[Path], request: BenchRequest, progress: Progress) ->
         names = {entrant.system.name for entrant in entrants}
         kept = [row for row in results.accuracy if row["system"] not in names]
         results.accuracy = kept + accuracy(entrants, checkpoint, setting, kind, progress.note)
+    results.roofline = roofline(bundles[0].directory, results.rows)
+    if not results.roofline:
+        progress.note("no roofline: `trimtab targets probe` measures this machine, and the bundle must list its matrices (report.json)")
     if request.out:
         _write(results, bundles[0], request.out)
     return results

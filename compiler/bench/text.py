@@ -58,6 +58,12 @@ def _tables(results: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     if results["ratios"]:
         title = "Times better than the peer, within each round (above 1: trimtab is ahead):"
         tables.append((title, _turned(grid(results["ratios"], "against", "ratio"))))
+    if results.get("roofline"):
+        columns = ("phase", "megabytes", "gop", "bound_ms", "bound_by", "measured_ms", "share")
+        lines = [[text if isinstance(text := row[name], str) else figure(text) for name in columns] for row in results["roofline"]]
+        tables.append(
+            ("Roofline of trimtab: bytes over measured bandwidth, operations over measured rates; share = bound / measured:", [list(columns), *lines])
+        )
     return tables
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.quantizers import affine
-from compiler.scheme import Scheme, Schemes, matrix_name
+from compiler.scheme import Scheme, Schemes, matrix_name, stored_bytes
 from compiler.store import cache_key
 
 
@@ -56,16 +56,3 @@ def predicted_bytes(checkpoint: Checkpoint, schemes: Schemes, *, every_matrix: b
         scheme = schemes.default if every_matrix and len(view.shape) == 2 else scheme_of(view, schemes, checkpoint.config)
         total += 4 * view.size if scheme is None else stored_bytes(view.shape, scheme)
     return total
-
-
-def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """[rows, width] under a scheme. [576, 576] at int4-g32: 576 * 18 * (16 + 4) = 207360."""
-    size = int(np.prod(shape))
-    if not scheme.quantized or len(shape) != 2:
-        return size * scheme.bits // 8
-    rows, width = shape
-    if scheme.group_size is None:
-        return size * scheme.bits // 8 + 4 * rows
-    groups = -(-width // scheme.group_size)
-    zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
-    return rows * (groups * (scheme.group_size * scheme.bits // 8 + 4) + zero_points)

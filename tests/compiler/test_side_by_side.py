@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
-from compiler.bench import child, models, peers, questions, rounds, rows, text
+from compiler.bench import child, models, peers, questions, roofline, rounds, rows, text
 from compiler.bench.peers import SYSTEMS, System
 from compiler.errors import BenchError
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture
 from compiler.stages import export, package
+from targets.kernels import Case, Point
+from targets.predict import Operator, Workload
+from targets.profile import here
 
 
 def samples(system, metric, values):
@@ -105,6 +109,17 @@ def test_text_stands_in_columns():
     assert text.figure(1234.5) == "1234" and text.figure(0.04567) == "0.0457"
 
 
+def test_roofline_of_one_matrix_and_one_cache():
+    """1000 x 1000 floats are 4 MB: 1 ms at 4 GB/s for one token; for 512 tokens 1.024 Gop: 10.24 ms at 100 GFLOP/s."""
+    profile = replace(here(), read_gb_s=4.0, fp32_gflop_s=100.0, int8_gop_s=200.0)
+    work = Workload("decoder", (Operator(Case("MatMul", 32, 0, 1000, 1000)),), 0, 0)
+    one, many = (roofline.bound(work, profile, "x", Point(tokens), 20.0) for tokens in (1, 512))
+    assert (one.bound_by, one.bound_ms, one.share) == ("bytes", 1.0, 0.05)
+    assert (many.bound_by, many.bound_ms, many.share) == ("operations", pytest.approx(10.24), pytest.approx(0.512))
+    attention = Workload("decoder", (Operator(Case("GroupQueryAttention", 32, 64, 128, 64), 3),), 0, 0)
+    assert roofline.bound(attention, profile, "x", Point(1, 999), 1.0).megabytes == pytest.approx(3 * 2 * 4 * 64 * 1000 / 1e6)
+
+
 @pytest.fixture(scope="module")
 def tiny_bundle(tiny_llama, tmp_path_factory):
     """tiny_llama as a float32 bundle with its lineage, without validation."""
@@ -113,7 +128,6 @@ def tiny_bundle(tiny_llama, tmp_path_factory):
     folder.mkdir()
     options = export.resolve_options(sources.merged, Schemes(parse_scheme("fp32")), None, None)
     summary = export.export(sources.merged, options, folder, lambda *_: None)
-    (folder / export.SUMMARY).unlink()
     package.write_manifest(folder, {"name": "tiny", "model": summary["model"], "lineage": sources.lineage})
     return folder
 
