@@ -26,8 +26,9 @@ def run_bundle(directory: Path, prompt: str, as_json: bool, options: Mapping[str
         return
     from runtimes.generate import Generator, Options
     from runtimes.sampling import Sampling
+    from runtimes.session import SessionSettings
 
-    generator = Generator(bundle)
+    generator = Generator(bundle, SessionSettings(flush_denormals=True))
     chat = not options["raw"] and generator.has_chat_template
     wanted: Any = [{"role": "user", "content": prompt}] if chat else prompt
     sampling = Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"], seed=options["seed"])
