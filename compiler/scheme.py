@@ -21,7 +21,10 @@ from compiler.errors import RecipeError
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 FORM = re.compile(r"int(?P<bits>[48])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?")
-KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8 and int8-dynamic (encoders), fp16, fp32"
+KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
+
+
+ENCODER_KERNELS = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Scheme:
     kernel  float:  MatMul on float32, or float16 storage cast once at load
             nbits:  MatMulNBits with accuracy_level 4, GatherBlockQuantized for lookups (weights only)
             stored: 8-bit weights in groups of 32, expanded to float32 once at load; small on disk, exact enough for encoders
+            rows: 8-bit activations with one scale a token and per-output-channel 8-bit weights, outlying channels float (`graph.encoder_rows`), for encoders
             dynamic: 8-bit activations (one scale a call) and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
     """
 
@@ -46,8 +50,8 @@ class Scheme:
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
-        if self.kernel in ("stored", "dynamic"):
-            return "int8" if self.kernel == "stored" else "int8-dynamic"
+        if self.kernel in ENCODER_KERNELS:
+            return ENCODER_KERNELS[self.kernel]
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
 
@@ -75,7 +79,7 @@ class Schemes:
         return chosen
 
 
-ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
+ENCODER_SCHEMES = {"int8": Scheme(8, None, True, "rows"), "int8-stored": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
 
 
 def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:

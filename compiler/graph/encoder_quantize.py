@@ -34,15 +34,48 @@ from __future__ import annotations
 
 import numpy as np
 
-TOP = 127  # -128 is left out: the grid is symmetric
+PAIR_BOUND = 128  # 255 * 128 = 32640 fits int16, 255 * 129 does not
+TOPS = (127, 112, 104, 96, 88, 80, 64)  # largest code a row may use; 64 never breaks the bound
 
 
-def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [out, in] -> (codes int8 [in, out], the kernel's layout; scales float32 [out]). A row of zeros has scale 1 and codes 0."""
+def quantize_pairs(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [out, in] -> (codes int8 [in, out], scales float32 [out]): per row the largest code of TOPS with the least squared error under the bound.
+
+    A pair beyond the bound gives up the excess in equal parts. Row [127, 127, ...] of equal weights -> codes 64.
+    """
     largest = np.abs(weight).max(axis=1)
-    scales = np.where(largest == 0, np.float32(TOP), largest).astype(np.float32) / np.float32(TOP)
-    codes = np.rint(weight / scales[:, None]).clip(-TOP, TOP).astype(np.int8)
+    largest = np.where(largest == 0, np.float32(1), largest).astype(np.float32)
+    best = np.full(len(weight), np.inf, np.float32)
+    codes, scales = np.zeros(weight.shape, np.int8), largest.copy()
+    for top in TOPS:
+        scale = largest / np.float32(top)
+        tried = bounded(np.rint(weight / scale[:, None]).clip(-top, top))
+        error = np.square(tried * scale[:, None] - weight).sum(axis=1)
+        better = error < best
+        best[better], scales[better] = error[better], scale[better]
+        codes[better] = tried[better].astype(np.int8)
     return np.ascontiguousarray(codes.T), scales
+
+
+def bounded(codes: np.ndarray) -> np.ndarray:
+    """Codes [out, in] with |c[2 j]| + |c[2 j + 1]| <= PAIR_BOUND; changed in place where they are not (few are)."""
+    even, odd = codes[:, 0 : codes.shape[1] - 1 : 2], codes[:, 1::2]
+    over = np.nonzero(np.abs(even) + np.abs(odd) > PAIR_BOUND)
+    one, two = even[over], odd[over]
+    excess = np.abs(one) + np.abs(two) - PAIR_BOUND
+    less = np.minimum(np.minimum(np.abs(one), np.abs(two)), np.floor(excess / 2))  # what the smaller one gives up
+    first = np.abs(one) >= np.abs(two)
+    even[over] = one - np.sign(one) * np.where(first, excess - less, less)
+    odd[over] = two - np.sign(two) * np.where(first, less, excess - less)
+    return codes
+
+
+def worst_pair(codes: np.ndarray) -> int:
+    """max |c[2 j]| + |c[2 j + 1]| of a kernel's codes int8 [in, out]."""
+    size = np.abs(codes.astype(np.int16))
+    if len(size) % 2:
+        size = np.concatenate([size, np.zeros_like(size[:1])])
+    return int((size[0::2] + size[1::2]).max(initial=0))
 
 
 def dequantize_channels(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

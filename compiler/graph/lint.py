@@ -6,6 +6,11 @@ MatMulNBits (contrib operator spec, com.microsoft 1; the conditions under which 
 3. no `g_idx` (GPTQ's act-order): the same
 4. block size 16, 32, 64, 128 or 256: the same
 5. weights, scales and zero points are initializers: they cannot be prepacked otherwise
+
+Integer products of uint8 activations and int8 weights (U8S8), a fault of results:
+6. |w[k]| + |w[k + 1]| <= 128 for even k: on x86 without VNNI the kernel adds two products in 16 bits (vpmaddubsw), and 255 * 129 does not fit.
+   Codes of 7 bits always hold it; uint8 weights need no bound, their kernel widens first. It is proven from the codes in the file, for any activation,
+   and asked of every file, since a file says nothing of the machines it will be copied to.
 """
 
 from __future__ import annotations
@@ -16,14 +21,22 @@ from pathlib import Path
 import onnx_ir as ir
 
 from compiler.errors import BundleError
+from compiler.graph.encoder_quantize import PAIR_BOUND, worst_pair
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+INTEGER_WEIGHTS = {
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+    "QAttention": 1,
+    "QLinearMatMul": 3,
+}  # operator -> its weight's input
 
 
 def lint(model: ir.Model) -> list[str]:
     """Every fault of the model as one line `node: fault`; an empty list is a clean graph."""
-    nodes = (node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits")
-    return [f"{node.name}: {fault}" for node in nodes for fault in nbits_faults(node)]
+    rules = {"MatMulNBits": nbits_faults, **dict.fromkeys(INTEGER_WEIGHTS, pair_faults)}
+    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() if node.op_type in rules for fault in rules[node.op_type](node)]
 
 
 def nbits_faults(node: ir.Node) -> Iterator[str]:
@@ -43,8 +56,24 @@ def nbits_faults(node: ir.Node) -> Iterator[str]:
             yield f"{value.name} is not an initializer: nothing can be prepacked"
 
 
+def pair_faults(node: ir.Node) -> Iterator[str]:
+    """Rule 6 for one integer product; weights [in, out]."""
+    weight = node.inputs[INTEGER_WEIGHTS[node.op_type]]
+    if weight is None or weight.dtype != ir.DataType.INT8:
+        return
+    if weight.const_value is None:
+        yield f"{weight.name} is not an initializer: whether its products saturate cannot be told"
+    elif (worst := worst_pair(weight.const_value.numpy())) > PAIR_BOUND:
+        yield f"{weight.name} has neighbouring codes of {worst} together, more than {PAIR_BOUND}: 16-bit sums saturate on processors without VNNI"
+
+
 def require_clean(model_path: Path) -> None:
     """Raises BundleError listing all faults of the graph at `model_path`."""
     faults = lint(ir.load(model_path))
     if faults:
-        raise BundleError(str(model_path), expected="kernels that keep their weights packed", found="; ".join(faults), remedy="export again with this compiler")
+        raise BundleError(
+            str(model_path),
+            expected="kernels that keep their weights packed and sums that cannot saturate",
+            found="; ".join(faults),
+            remedy="export again with this compiler",
+        )

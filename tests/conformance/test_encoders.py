@@ -75,7 +75,7 @@ def test_family_equals_eager_torch(family: str, tmp_path: Path) -> None:
     export = export_encoder(checkpoint, parse_scheme("fp32"), tmp_path, task=task)
     assert export.outputs == ("last_hidden_state" if task == "feature-extraction" else "logits",)
     assert export.fusions["attention"] == FUSED_ATTENTION[family]
-    assert export.fusions["skip_norm"] >= 2 * sizes.get("num_hidden_layers", 1)
+    assert export.built == (family != "deberta-v2")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     reference = reference_model(checkpoint, task)
     for batch, length in ((1, 1), (1, 9), (3, 17), (3, 48)):
