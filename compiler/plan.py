@@ -15,7 +15,7 @@ from compiler.record import versions
 from compiler.store import Store, cache_key
 
 # Raised by hand whenever a stage's output changes for the same inputs.
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 EVALUATE_VERSION = 2
 
 

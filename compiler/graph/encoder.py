@@ -113,7 +113,7 @@ def observed(checkpoint: Checkpoint, plan: EncoderPlan, directory: Path) -> Mapp
     """`channel_peaks` of a float32 export that is gone again afterwards."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         export_encoder(checkpoint, Scheme(), Path(folder), task=plan.task, pooling="none")
-        return channel_peaks(Path(folder), plan.vocabulary)
+        return channel_peaks(Path(folder), plan.vocabulary, plan.positions)
 
 
 def traced(checkpoint: Checkpoint, config: dict[str, Any], task: str) -> tuple[ir.Model, dict[str, TensorView], dict[str, int]]:

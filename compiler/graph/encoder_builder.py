@@ -9,7 +9,7 @@ A Linear is a placeholder over HF's weight [out, in], lowered by scheme in `enco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

@@ -23,10 +23,10 @@ from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_builder import PLACEHOLDER
 from compiler.graph.encoder_quantize import quantize_pairs
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
+from compiler.graph.encoder_rows import row_scaled_linear, wide_channels
 from compiler.graph.external_data import DataFile
 from compiler.graph.weights import finite
 from compiler.quantizers import nbits
-from compiler.graph.encoder_rows import row_scaled_linear, wide_channels
 from compiler.scheme import Scheme
 
 FEW_OUTPUTS = 32
