@@ -16,9 +16,10 @@ import click
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
+from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
-from compiler.cli_parts import weighted as _weighted
+from compiler.cli_targets import targets_group
 from targets.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -104,12 +105,13 @@ def _worst_exit(codes: Any) -> int:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Lay a value over the recipe.")
 @AS_JSON
 def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Show what compiling RECIPE will run, what is cached, and the predicted size.
+    """Show what compiling RECIPE will run, what is cached, and the predicted size, latency and memory.
 
     \b
     Example:
       trimtab plan recipe.yaml
     """
+    from compiler.foresight import prediction_lines
     from compiler.pipeline import plan_recipe
     from compiler.recipe import load_recipe
 
@@ -119,6 +121,8 @@ def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None
         return
     for plan in plans:
         click.echo(f"{plan['name']} for {plan['target']}: about {plan['predicted_size_mb']:.1f} MB of weights (predicted)")
+        for line in prediction_lines(plan["prediction"]):
+            click.echo(f"  {line}")
         for row in plan["steps"]:
             click.echo(f"  {row['stage']:9s} {row['state']:12s} {row['key'][:12]:13s}{_brief(row['params'])}")
 
@@ -143,6 +147,9 @@ def _brief(params: dict[str, Any]) -> str:
     type=click.Choice(["auto", "residual", "reference"]),
     help="Keep what takes the merge back: residuals of the base's words, or a reference to the base; auto: residuals unless larger than the base.",
 )
+@click.option("--only", multiple=True, metavar="PATTERN", help="Change only modules that match, e.g. 'model.layers.3.*'; repeatable.")
+@click.option("--scale", multiple=True, metavar="PATTERN=X", help="Factor of the deltas on modules that match, e.g. '*.mlp.*=0.5'; the last match wins.")
+@click.option("--accept-base", metavar="DIGEST", help="Digest of BASE (trimtab inspect shows it): merge although a delta was made from another.")
 @OUT
 @AS_JSON
 def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollback: str | None, out: Path, as_json: bool, **mix: Any) -> None:
@@ -152,21 +159,24 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
     Example:
       trimtab merge models/base --delta adapters/a=0.7 --delta adapters/b=0.3 --out merged
       trimtab merge models/base --delta adapters/a --delta adapters/b --combine ties --density 0.3 --out merged
+      trimtab merge models/base --delta adapters/a --only '*.mlp.*' --scale 'model.layers.3.*=0.5' --out merged
     """
-    from compiler import delta_tools, pipeline
+    from compiler import delta_tools, model_tools
     from compiler.deltas.combine import combine_named
 
+    only, scale, accepted = mix.pop("only"), mix.pop("scale"), mix.pop("accept_base")
     method = combine_named(mix.pop("combine"), **mix, place="--combine")
+    mixture = _mixture(base, deltas, method, only, scale, accepted)
     if rollback:
-        _finish(delta_tools.merge_reversibly(base, _weighted(deltas), method, dtype, out, rollback, _progress(as_json)), as_json)
+        _finish(delta_tools.merge_reversibly(mixture, dtype, out, rollback, _progress(as_json)), as_json)
     else:
-        _finish(pipeline.merge_files(base, _weighted(deltas), method, dtype, out, _progress(as_json)), as_json)
+        _finish(model_tools.merge_files(mixture, dtype, out, _progress(as_json)), as_json)
 
 
 @cli.command("quantize")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", required=True, help="int4-gN[-asym], int8-gN[-asym].")
+@click.option("--scheme", required=True, help="intB-gN[-asym][-s16].")
 @OUT
 @AS_JSON
 def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path, as_json: bool) -> None:
@@ -176,15 +186,15 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
     Example:
       trimtab quantize models/base --scheme int4-g32 --out seen-through-int4
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.quantize_files(base, _weighted(deltas), scheme, out, _progress(as_json)), as_json)
+    _finish(model_tools.quantize_files(_mixture(base, deltas), scheme, out, _progress(as_json)), as_json)
 
 
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="int4-gN[-asym], int8-gN[-asym], int8, int8-stored, int8-dynamic, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, int8-stored, int8-dynamic, fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON
@@ -195,9 +205,9 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
     Example:
       trimtab export models/base --delta adapters/a --scheme int4-g64 --out onnx
     """
-    from compiler import pipeline
+    from compiler import model_tools
 
-    _finish(pipeline.export_files(base, _weighted(deltas), scheme, task, out, _progress(as_json)), as_json)
+    _finish(model_tools.export_files(_mixture(base, deltas), scheme, task, out, _progress(as_json)), as_json)
 
 
 @cli.command("validate")
@@ -214,7 +224,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
     """
-    from compiler.pipeline import validate_bundle
+    from compiler.judge import validate_bundle
     from compiler.report.summary import print_report, summary_line
 
     outcome = validate_bundle(bundle, target, limits, report, junit, _progress(as_json))
@@ -229,6 +239,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @cli.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
+@click.option("--adapter", metavar="NAME", default="", help="Answer with this unmerged adapter of the bundle; default: the base alone.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
@@ -242,6 +253,7 @@ def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> Non
     \b
     Example:
       trimtab run out/support-assistant-here "Coolant is dripping under lathe 3."
+      trimtab run out/tenants-here "Coolant is dripping under lathe 3." --adapter support
     """
     from compiler.commands import run_bundle
 
@@ -259,13 +271,17 @@ def inspect_command(path: str, as_json: bool) -> None:
       trimtab inspect out/support-assistant-here
     """
     from compiler.commands import describe
+    from compiler.foresight import prediction_lines
 
     description = describe(path)
     if as_json:
         _print_json(description)
         return
+    prediction = description.pop("prediction", {})
     for key, value in description.items():
         click.echo(f"{key:14s} {value if not isinstance(value, (list, dict)) else json.dumps(value, ensure_ascii=False)}")
+    for line in prediction_lines(prediction) if prediction else ():
+        click.echo(line)
 
 
 @cli.command("verify")
@@ -290,70 +306,5 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
-@cli.group("targets")
-def targets_group() -> None:
-    """Machines: the profiles that are known, and this one.
-
-    \b
-    Example:
-      trimtab targets show here
-    """
-
-
-@targets_group.command("list")
-@AS_JSON
-def targets_list(as_json: bool) -> None:
-    """List the known profiles.
-
-    \b
-    Example:
-      trimtab targets list
-    """
-    from compiler.commands import list_targets
-
-    rows = list_targets()
-    if as_json:
-        _print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"{row['id']:24s} {row['summary']}")
-
-
-@targets_group.command("show")
-@click.argument("profile", default="here")
-@AS_JSON
-def targets_show(profile: str, as_json: bool) -> None:
-    """Show a profile: each field with where it comes from.
-
-    \b
-    Example:
-      trimtab targets show raspberry-pi-5
-    """
-    from compiler.commands import show_target
-
-    fields = show_target(profile)
-    if as_json:
-        _print_json(fields)
-        return
-    for name, value in fields.items():
-        click.echo(f"{name:28s} {value if not isinstance(value, (list, dict)) else json.dumps(value)}")
-
-
-@targets_group.command("probe")
-@click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Time budget.")
-@click.option("--out", type=click.Path(path_type=Path), help="Profile file to write; default: print it.")
-@AS_JSON
-def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
-    """Measure this machine: bandwidth, arithmetic, and onnxruntime's own kernels.
-
-    \b
-    Example:
-      trimtab targets probe --out here.yaml
-    """
-    from compiler.commands import probe_target
-
-    text = probe_target(seconds, out, _progress(as_json), as_json)
-    click.echo(text)
-
-
 cli.add_command(delta_group)
+cli.add_command(targets_group)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from compiler.errors import BundleError, CheckpointError
+from compiler.errors import BundleError, CheckpointError, TrimtabError
 from compiler.progress import Progress
 
 
@@ -19,16 +19,20 @@ def run_bundle(directory: Path, prompt: str, as_json: bool, options: Mapping[str
 
     bundle = open_bundle(directory)
     if bundle.kind == "encoder":
+        if options["adapter"]:
+            remedy = "leave --adapter out: an encoder's deltas are merged"
+            raise TrimtabError("--adapter", expected="a decoder with unmerged adapters", found="an encoder", remedy=remedy)
         _print_encoding(bundle, prompt, as_json)
         return
     from runtimes.generate import Generator, Options
     from runtimes.sampling import Sampling
+    from runtimes.session import SessionSettings
 
-    generator = Generator(bundle)
+    generator = Generator(bundle, SessionSettings(flush_denormals=True))
     chat = not options["raw"] and generator.has_chat_template
     wanted: Any = [{"role": "user", "content": prompt}] if chat else prompt
     sampling = Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"], seed=options["seed"])
-    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling)
+    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling, adapter=options["adapter"])
     if as_json:
         (answer,) = generator.generate([wanted], settings)
         row = {"text": answer.text, "token_ids": list(answer.token_ids), "finish": answer.finish, "prompt_tokens": answer.prompt_tokens}
@@ -85,7 +89,9 @@ def is_own_delta(path: Path) -> bool:
 
 
 def _describe_bundle(folder: Path) -> dict[str, Any]:
+    from compiler.foresight import foresee_bundle
     from runtimes.bundle import open_bundle
+    from targets.profile import load_profile
 
     bundle = open_bundle(folder)
     manifest, model = bundle.manifest, bundle.model
@@ -101,9 +107,15 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "size_mb": round(bundle.size_bytes / 1e6, 2),
         "base": lineage["base"]["origin"],
         "deltas": [f"{row['origin']} ({row['kind']}, weight {row['weight']}, {row['touched']} tensors)" for row in lineage["deltas"]],
+        **({"adapters": [_adapter_line(row) for row in model["adapters"]]} if model.get("adapters") else {}),
         "digest": manifest["digest"],
         "files": len(bundle.files),
+        "prediction": foresee_bundle(folder, load_profile("here")),
     }
+
+
+def _adapter_line(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} (rank {row['rank']} at most, {len(row['matrices'])} matrices, {row['bytes'] / 1e6:.2f} MB)"
 
 
 def _describe_adapter(path: str) -> dict[str, Any]:
@@ -152,19 +164,19 @@ def show_target(name: str) -> dict[str, Any]:
     return load_profile(name).as_dict()
 
 
-def probe_target(seconds: float, out: Path | None, progress: Progress, as_json: bool) -> str:
-    """Measure this machine; write the profile as YAML to `out`, or return it as text."""
-    import yaml
-
+def probe_target(seconds: float, out: Path | None, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
+    """Measure this machine; keep the profile for `here`, and write it to `out` too. Returns its fields and the files written."""
     from compiler.store import writing
     from targets.probe import probe
+    from targets.profile import dump_profile, measured_place
 
     with progress.stage("probe", f"this machine, about {seconds:.0f} s"):
         profile = probe(seconds, lambda item, done, total: progress.update(item, done, total))
-    fields = profile.as_dict()
-    text = json.dumps(fields, indent=2) if as_json else yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-    if out is None:
-        return text
-    with writing(out):
-        out.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return text if as_json else f"wrote {out}"
+    places = [measured_place(profile.fingerprint), *([out] if out else [])]
+    for place in places:
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            work = place.with_name(f".{place.name}.new")
+            work.write_text(dump_profile(profile), encoding="utf-8")
+            work.rename(place)
+    return profile.as_dict(), places

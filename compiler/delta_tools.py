@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compiler.checkpoints.files import beside
 from compiler.checkpoints.resolve import locate, open_checkpoint
+from compiler.checkpoints.view import Checkpoint
 from compiler.checkpoints.write import write_checkpoint
 from compiler.deltas import extract, rollback, survey
-from compiler.deltas.combine import Combine
 from compiler.deltas.load import load_delta
 from compiler.errors import DeltaError, OutputError
-from compiler.pipeline import open_sources
+from compiler.evaluation.data import load_rows
 from compiler.progress import Progress
+from compiler.recipe import Recipe
 from compiler.record import Stopwatch, peak_rss_mb
+from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture, mixture_of
+from compiler.stages import export as export_stage
 from compiler.store import writing
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -47,14 +54,12 @@ def account(out: Path, watch: Stopwatch, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "size_mb": round(size / 1e6, 3), "seconds": round(watch.seconds, 2), "peak_rss_mb": round(peak_rss_mb(), 1), **more}
 
 
-def merge_reversibly(
-    base: str, deltas: Sequence[tuple[str, float]], combine: Combine, dtype: str | None, out: Path, mode: str, progress: Progress
-) -> dict[str, Any]:
+def merge_reversibly(mixture: Mixture, dtype: str | None, out: Path, mode: str, progress: Progress) -> dict[str, Any]:
     """`trimtab merge --rollback`: a merged checkpoint and, in the same folder, what takes it back to its base (compiler.deltas.rollback)."""
     watch = Stopwatch()
     with publishing(out) as work:
-        sources = open_sources(base, deltas, combine)
-        with progress.stage("merge", f"{base} + {len(deltas)} delta(s)"):
+        sources = mixture.open()
+        with progress.stage("merge", str(mixture)):
             write_checkpoint(sources.merged, work, dtype=dtype, progress=progress.update)
         plan = sources.merge
         names = {name: plan.merged_name(name) for name in plan.base.tensors}
@@ -84,20 +89,64 @@ def inspect_delta(path: str, base: str | None, picture: Path | None) -> dict[str
     delta = load_delta(path)
     table = survey.as_table(survey.survey(delta, open_checkpoint(base) if base else None))
     if picture:
-        if picture.suffix not in PICTURES:
-            raise OutputError(str(picture), expected=f"a file ending in {', '.join(PICTURES)}", found=repr(picture.suffix), remedy="name it so")
+        _check_picture(picture)
         with writing(picture):
             survey.plot(table, f"{path} ({delta.kind})", picture)
     return {"delta": path, "kind": delta.kind, "trained_on": delta.base_name, "digest": delta.digest, **table}
 
 
-def diff_checkpoints(old: str, new: str, out: Path, error: float, most: int, form: str | None, progress: Progress) -> dict[str, Any]:
-    """`trimtab delta diff`: the smallest delta from `old` to `new` (compiler.deltas.extract); `form` asks for one. Raises DeltaError, OutputError."""
+def _check_picture(path: Path) -> None:
+    if path.suffix not in PICTURES:
+        raise OutputError(str(path), expected=f"a file ending in {', '.join(PICTURES)}", found=repr(path.suffix), remedy="name it so")
+
+
+def ablate_recipe(recipe: Recipe, by: str, limit_rows: int | None, picture: Path | None, progress: Progress) -> dict[str, Any]:
+    """`trimtab delta ablate`: what each group of modules contributes to the recipe's evaluation (compiler.ablation). Raises TrimtabError."""
+    from compiler import ablation
+
+    if picture:
+        _check_picture(picture)
     watch = Stopwatch()
+    limits = [limit for limit in (limit_rows, recipe.evaluate.limit_rows) if limit]
+    data = load_rows(recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None, min(limits, default=None))
+    sources = mixture_of(recipe).open()
+    task = str(export_stage.resolve_options(sources.merged, recipe.quantize.schemes, recipe.task, recipe.max_length)["task"])
+    found = ablation.ablate(sources, data, by, task, recipe.seed, progress)
+    if picture:
+        with writing(picture):
+            ablation.plot(found, f"{recipe.name}: contribution by {by}", picture)
+    return {"recipe": recipe.name, **found, "data": data.origin, "lineage": sources.lineage, "seconds": round(watch.seconds, 2)}
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """How to look for a delta. most: rank. form: of the result, None for the smallest. activations: `builtin`, a file of text, or None: plain norms."""
+
+    error: float = 1e-5
+    most: int = 64
+    form: str | None = None
+    activations: str | None = None
+
+
+def _input_rms(before: Checkpoint, activations: str | None, progress: Progress) -> dict[str, np.ndarray] | None:
+    if activations is None:
+        return None
+    from compiler.activations import input_rms
+
+    data = load_rows(None if activations == "builtin" else Path(activations))
+    with progress.stage("run", f"{before.origin} on {data.origin}"):
+        task = str(export_stage.resolve_options(before, Schemes(parse_scheme("fp32")), None, None)["task"])
+        return input_rms(before, data, task)
+
+
+def diff_checkpoints(old: str, new: str, out: Path, options: DiffOptions, progress: Progress) -> dict[str, Any]:
+    """`trimtab delta diff`: the smallest delta from `old` to `new` (compiler.deltas.extract). Raises DeltaError, OutputError."""
+    watch, form, most = Stopwatch(), options.form, options.most
     before, after = open_checkpoint(old), open_checkpoint(new)
+    rms = _input_rms(before, options.activations, progress)
     with publishing(out) as work:
         with progress.stage("compare", f"{old} and {new}"):
-            found = extract.differences(before, after, error, most, progress.update)
+            found = extract.differences(before, after, options.error, most, progress.update, rms)
         best, sizes = extract.smallest(found)
         if form and form not in sizes:
             raise DeltaError(

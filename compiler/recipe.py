@@ -15,12 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compiler.deltas.combine import Combine, combine_named
+from compiler.deltas.select import Selection, selection
 from compiler.errors import RecipeError
 from compiler.limits import quantity
 from compiler.scheme import Schemes, parse_scheme
-from compiler.text import nearest, read_yaml
+from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DIGEST = r"^[0-9a-f]{64}$"
 
 
 class Part(BaseModel):
@@ -30,10 +32,60 @@ class Part(BaseModel):
 
 
 class DeltaItem(Part):
-    """One trained delta: anything PEFT writes for LoRA, and its weight in the mixture."""
+    """One trained delta: its weight in the mixture, and the modules it changes.
+
+    name         default: the path's last part
+    accept_base  digest of the base that may stand for the one the delta was made from
+    """
 
     path: str
     weight: float = 1.0
+    name: Name | None = None
+    only: Sequence[str] = ()
+    scale: Mapping[str, float] = Field(default_factory=dict)
+    accept_base: str | None = Field(default=None, pattern=DIGEST)
+
+    @model_validator(mode="after")
+    def selectable(self) -> DeltaItem:
+        _ = self.select  # a bad pattern or factor is told now
+        return self
+
+    @property
+    def called(self) -> str:
+        return self.name or default_name(self.path)
+
+    @property
+    def select(self) -> Selection:
+        return selection(self.only, self.scale, "deltas")
+
+
+class Deltas(Part):
+    """The trained deltas; a bare list is short for {items: [...]}. only, scale: of all of them, each one's own come after.
+
+    mode  merged into the base, or attached: each one a file beside it, by its name, that a request chooses
+    """
+
+    mode: Literal["merged", "attached"] = "merged"
+    only: Sequence[str] = ()
+    scale: Mapping[str, float] = Field(default_factory=dict)
+    items: Sequence[DeltaItem] = ()
+
+    @model_validator(mode="after")
+    def consistent(self) -> Deltas:
+        if self.mode == "attached" and not self.items:
+            raise RecipeError("deltas.mode", expected="items to attach", found="none", remedy="add items, or remove mode")
+        names = [item.called.casefold() for item in self.items]  # names of files, where they are attached
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise RecipeError("deltas", expected="a name of its own for each delta", found=f"{twice!r} twice", remedy="give one of them another `name`")
+        if (self.only or self.scale) and not self.items:
+            raise RecipeError("deltas", expected="items for only and scale to act on", found="none", remedy="add items, or remove only and scale")
+        _ = self.select
+        return self
+
+    @property
+    def select(self) -> Selection:
+        return selection(self.only, self.scale, "deltas")
 
 
 class CombineItem(Part):
@@ -55,11 +107,14 @@ class CombineItem(Part):
 
 
 class Quantize(Part):
-    """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}."""
+    """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}.
+
+    calibration: builtin, or a file of text or JSONL (chats or texts); only methods that look at activations read it.
+    """
 
     scheme: str = "int4-g64"
-    method: Literal["rtn"] = "rtn"
-    calibration: Literal["builtin"] = "builtin"
+    method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
+    calibration: str = "builtin"
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property
@@ -104,7 +159,7 @@ class Recipe(Part):
 
     name: Name
     base: str
-    deltas: Sequence[DeltaItem] = ()
+    deltas: Deltas = Deltas()
     combine: CombineItem = CombineItem()
     distil: None = None
     quantize: Quantize = Quantize()
@@ -115,6 +170,18 @@ class Recipe(Part):
     seed: int = 0
 
     _folder: Path = Path()
+
+    @model_validator(mode="after")
+    def nothing_to_combine(self) -> Recipe:
+        if self.deltas.mode == "attached" and self.combine != CombineItem():
+            found = f"{self.combine.method!r} with deltas.mode attached"
+            raise RecipeError("combine", expected="nothing: attached deltas are not combined", found=found, remedy="remove combine, or mode")
+        return self
+
+    @field_validator("deltas", mode="before")
+    @classmethod
+    def listed(cls, deltas: Any) -> Any:
+        return {"items": deltas} if isinstance(deltas, (list, tuple)) else deltas
 
     @field_validator("combine", mode="before")
     @classmethod
@@ -140,7 +207,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        raise _first_problem(error, path) from error
+        raise _first_problem(error, path, listed=isinstance(raw.get("deltas"), list)) from error
     for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
         raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
     _ = recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
@@ -189,10 +256,11 @@ def _override(raw: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
 
 
-def _first_problem(error: ValidationError, path: Path) -> RecipeError:
-    """pydantic's first complaint in our words: path of the key, expected, found, remedy."""
+def _first_problem(error: ValidationError, path: Path, listed: bool = False) -> RecipeError:
+    """pydantic's first complaint in our words: path of the key, expected, found, remedy. listed: the user wrote `deltas` as a list."""
     problem = error.errors()[0]
-    place = f"{path}: {'.'.join(str(part) for part in problem['loc']) or 'recipe'}"
+    parts = [str(part) for number, part in enumerate(problem["loc"]) if not (listed and number == 1 and problem["loc"][:2] == ("deltas", "items"))]
+    place = f"{path}: {'.'.join(parts) or 'recipe'}"
     found = repr(problem["input"]) if not isinstance(problem["input"], (dict, list)) else type(problem["input"]).__name__
     if problem["type"] == "extra_forbidden":
         siblings = _keys_at(problem["loc"][:-1])
@@ -207,7 +275,14 @@ def _first_problem(error: ValidationError, path: Path) -> RecipeError:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     """The keys that may stand at a location such as ("targets", 0)."""
     model: type[BaseModel] = Recipe
-    rooms: dict[str, type[BaseModel]] = {"deltas": DeltaItem, "combine": CombineItem, "quantize": Quantize, "evaluate": Evaluate, "targets": TargetItem}
+    rooms: dict[str, type[BaseModel]] = {
+        "deltas": Deltas,
+        "items": DeltaItem,
+        "combine": CombineItem,
+        "quantize": Quantize,
+        "evaluate": Evaluate,
+        "targets": TargetItem,
+    }
     for part in location:
         model = rooms.get(str(part), model)
     return sorted(model.model_fields)

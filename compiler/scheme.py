@@ -7,10 +7,18 @@ The quantization equation, for each group of `group_size` neighbours along the i
 
 symmetric:   zero_point = 2**(bits - 1) and is not stored
 asymmetric:  zero_point is a stored uint of `bits` bits
+
+Kernels know 4 and 8 bits (`kernel_bits`). A scheme of other bits runs on the next larger kernel with its codes left-aligned,
+
+    kernel code = code << (kernel_bits - bits),  kernel scale = scale / 2**(kernel_bits - bits)
+
+which is the same number exactly. The file leaves out the low bits, all zero: the bits of a scheme are what is stored, its kernel bits
+what is read in each multiplication.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,10 +28,11 @@ from typing import Any
 from compiler.errors import RecipeError
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
-FORM = re.compile(r"int(?P<bits>[48])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?")
-KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
-
-
+FORM = re.compile(r"int(?P<bits>[2-8])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?(-(?P<half>s16))?")
+KNOWN = (
+    "intB-gN (B from 2 to 8; N in 16, 32, 64, 128, 256; append -asym for stored zero points, -s16 for float16 scales), "
+    "int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
+)
 ENCODER_KERNELS = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic"}
 
 
@@ -42,6 +51,17 @@ class Scheme:
     group_size: int | None = None  # None: per output channel, or not quantized
     symmetric: bool = True
     kernel: str = "float"
+    half_scales: bool = False  # kernel scales are float16 in the file; the codes are chosen for the rounded scale
+
+    @property
+    def kernel_bits(self) -> int:
+        """Bits of a code in the kernel: 4 or 8."""
+        return 4 if self.bits <= 4 else 8
+
+    @property
+    def shift(self) -> int:
+        """How far a kernel's code is left of the code."""
+        return self.kernel_bits - self.bits
 
     @property
     def quantized(self) -> bool:
@@ -53,7 +73,7 @@ class Scheme:
         if self.kernel in ENCODER_KERNELS:
             return ENCODER_KERNELS[self.kernel]
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-s16' if self.half_scales else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +99,41 @@ class Schemes:
         return chosen
 
 
+FUSED = (
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.(?:q|k|v|qkv)_proj\.weight"), r"\1.attn.qkv_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.self_attn\.o_proj\.weight"), r"\1.attn.o_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.(?:gate|up|gate_up)_proj\.weight"), r"\1.mlp.gate_up_proj"),
+    (re.compile(r"(model\.layers\.\d+)\.mlp\.down_proj\.weight"), r"\1.mlp.down_proj"),
+    (re.compile(r"lm_head\.weight"), "lm_head"),
+)
+
+
+def matrix_name(tensor: str, config: Mapping[str, Any]) -> str | None:
+    """The fused matrix of the graph that a checkpoint tensor belongs to; None for vectors and what is never quantized.
+
+    `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.attn.qkv_proj`; a tied embedding -> `lm_head`.
+    """
+    if tensor == "model.embed_tokens.weight":
+        return "lm_head" if config.get("tie_word_embeddings") else "model.embed_tokens"
+    for pattern, name in FUSED:
+        if match := pattern.fullmatch(tensor):
+            return match.expand(name)
+    return None
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """[rows, width] under a scheme. [576, 576] at int4-g32: 576 * 18 * (16 + 4) = 207360."""
+    size = math.prod(shape)
+    if not scheme.quantized or len(shape) != 2:
+        return size * scheme.bits // 8
+    rows, width = shape
+    if scheme.group_size is None:
+        return size * scheme.bits // 8 + 4 * rows
+    groups = -(-width // scheme.group_size)
+    zero_points = 0 if scheme.symmetric else -(-groups * scheme.kernel_bits // 8)
+    return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
+
+
 ENCODER_SCHEMES = {"int8": Scheme(8, None, True, "rows"), "int8-stored": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
 
 
@@ -89,7 +144,7 @@ def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     match = FORM.fullmatch(text)
     bits = int(match["bits"]) if match else 0
     if match and match["group"] and int(match["group"]) in GROUP_SIZES:
-        return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits")
+        return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits", bool(match["half"]))
     if text in ENCODER_SCHEMES:
         return ENCODER_SCHEMES[text]
     raise RecipeError(place, expected=KNOWN, found=repr(text), remedy="choose one of these schemes")

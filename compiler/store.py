@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.errors import OutputError
+from targets.machine import cache_folder
 
 ENTRY = "entry.json"
 
@@ -64,9 +65,7 @@ class Store:
 
     @staticmethod
     def default() -> Store:
-        named = os.environ.get("TRIMTAB_CACHE")
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Store(Path(named) if named else base / "trimtab")
+        return Store(cache_folder())
 
     def place(self, key: str) -> Path:
         return self.root / "entries" / key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def default_name(path: str) -> str:
+    """The last part of a path in the characters of a name: `adapters/support` -> `support`, `x/My delta.safetensors` -> `My-delta`."""
+    last = re.split(r"[/\\]", path.rstrip("/\\"))[-1].removesuffix(".safetensors").removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:64] or "delta"
 
 
 class _StrictLoader(yaml.SafeLoader):

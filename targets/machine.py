@@ -143,6 +143,12 @@ def onnxruntime_version() -> str:
         return ""
 
 
+def cache_folder() -> Path:
+    """Where trimtab keeps what it can make again: $TRIMTAB_CACHE, or trimtab in the user's cache folder."""
+    named = os.environ.get("TRIMTAB_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
 def _physical_cores() -> int:
     import psutil
 

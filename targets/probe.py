@@ -1,6 +1,6 @@
-"""Measure this machine: memory bandwidth, arithmetic, and the table of onnxruntime's own matrix kernels.
+"""Measure this machine: memory bandwidth, arithmetic, storage, and the table of onnxruntime's own kernels.
 
-What is measured is what will run: the kernels are onnxruntime's, in one-node models (`targets.wire`), with as many threads as a bundle would use.
+What is measured is what will run: the kernels are onnxruntime's, in small models (`targets.kernels`), with as many threads as a bundle would use.
 Every figure is the lower quartile of repeats: the question is what the machine can do, and company only ever adds time. Their number and spread stand
 beside it, so that a noisy machine shows.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,19 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from targets.errors import TargetError
+from targets.kernels import Case, CaseRun, Point, case_model, cases, copies, open_case, open_model
 from targets.profile import KernelTime, Profile, Provenance, here, with_measured
 from targets.spin import Spin
-from targets.wire import MICROSOFT, OneNode, model_bytes
 
 Report = Callable[[str, int, int], None]  # what comes next, done, of
 
 BANDWIDTH_BYTES = 256 << 20  # several times the largest cache of the machines we know
 STORAGE_BYTES = 64 << 20
-SHAPES = ((576, 1536), (2048, 2048), (2048, 8192))  # (K, N): fits a cache core by core, fits the shared one, fits none
-TOKENS = (1, 32, 512)
 GEMM = (1024, 1024, 512)  # K, N, M of the two headline figures
 RUNS_LEAST = 3
 DEFAULT_SECONDS = 60.0
@@ -47,15 +44,7 @@ class Timing:
     spread: float
 
 
-@dataclass(frozen=True)
-class KernelCase:
-    """One kernel of the table. block 0: fp32, or one scale per column."""
-
-    op: str
-    bits: int
-    block: int
-    k: int
-    n: int
+Measure = Callable[[], tuple[float, Timing]]
 
 
 def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, threads: int = 0, folder: Path | None = None) -> Profile:
@@ -70,103 +59,88 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
         raise TargetError("probe", expected="a positive number of seconds", found=str(seconds), remedy="30 to 120 seconds are usual")
     profile = here()
     threads = threads or profile.cores
-    cases = list(kernel_cases())
-    total = 6 + len(cases)
+    rows = list(cases())
+    headline = _headline(threads, seconds / (len(rows) + 16), folder)
+    total = len(headline) + len(rows)
     tell = report or (lambda what, done, of: None)
     started = time.perf_counter()
-    deadline = started + seconds
-    share = seconds / (total + 4)
     measured: dict[str, tuple[Any, Provenance]] = {}
-    headline: list[tuple[str, str, Callable[[], tuple[float, Timing]]]] = [
+    for done, (name, note, measure) in enumerate(headline):
+        tell(note, done, total)
+        value, timing = measure()
+        measured[name] = (round(value, 4), _source(note, timing))
+    kernels: list[KernelTime] = []
+    for done, (case, points) in enumerate(rows):
+        left = started + seconds - time.perf_counter()
+        if left <= 0:
+            break
+        tell(str(case), done + len(headline), total)
+        kernels += time_case(case, points, threads, left / (len(rows) - done))
+    skipped = len(rows) - len({(row.op, row.bits, row.block, row.k, row.n, row.symmetric) for row in kernels})
+    tell("done", total, total)
+    note = f"onnxruntime kernels, {threads} threads, {time.perf_counter() - started:.0f} s" + (
+        f"; {skipped} of {len(rows)} kernels left out for lack of time" if skipped else ""
+    )
+    return replace(with_measured(profile, measured), description=f"measured here: {note}", kernels=tuple(kernels))
+
+
+def _headline(threads: int, share: float, folder: Path | None) -> list[tuple[str, str, Measure]]:
+    """The figures beside the table: field, what was done, how."""
+    return [
         ("read_gb_s", f"maximum over {BANDWIDTH_BYTES >> 20} MiB, {threads} threads", lambda: _bandwidth(threads, share)),
         ("read_1_gb_s", f"maximum over {BANDWIDTH_BYTES >> 20} MiB, 1 thread", lambda: _bandwidth(1, share)),
         ("spin_ms", "reference kernel of targets.spin", lambda: _spin(threads, share)),
         ("fp32_gflop_s", f"onnxruntime MatMul 512 x 1024 x 1024, {threads} threads", lambda: _gemm("MatMul", 32, threads, share)),
         ("int8_gop_s", f"onnxruntime DynamicQuantizeMatMul 512 x 1024 x 1024, {threads} threads", lambda: _gemm("DynamicQuantizeMatMul", 8, threads, share)),
         ("storage_read_mb_s", "64 MiB in the temporary folder, read after its pages were dropped from the cache", lambda: _storage(folder, share)),
+        ("open_mb_s", "a session of MatMulNBits, 4 bits, from memory", lambda: _open(threads, share)),
+        ("run_us", "a run of one small operator", lambda: _small(1, threads, share)),
+        ("parallel_us", f"a norm of {threads} short rows less a norm of one", lambda: _parallel(threads, share)),
     ]
-    for done, (name, note, measure) in enumerate(headline):
-        tell(note, done, total)
-        value, timing = measure()
-        measured[name] = (round(value, 4), _source(note, timing))
-    rows: list[KernelTime] = []
-    skipped = 0
-    for done, case in enumerate(cases, len(headline)):
-        if time.perf_counter() > deadline:
-            skipped = len(cases) - (done - len(headline))
-            break
-        tell(f"{case.op} {case.bits} bit, block {case.block}, {case.k} x {case.n}", done, total)
-        rows += _kernel_rows(case, threads, share)
-    tell("done", total, total)
-    note = f"onnxruntime kernels, {threads} threads, {time.perf_counter() - started:.0f} s" + (
-        f"; {skipped} kernels left out for lack of time" if skipped else ""
-    )
-    return replace(with_measured(profile, measured), description=f"measured here: {note}", kernels=tuple(rows))
 
 
-def kernel_cases() -> Iterator[KernelCase]:
-    """The table's rows, the most telling first: per shape MatMulNBits by bits and block, then whole int8, then fp32."""
-    for k, n in SHAPES:
-        for bits, block in ((4, 64), (4, 32), (8, 32), (4, 128), (8, 128), (8, 64)):
-            yield KernelCase("MatMulNBits", bits, block, k, n)
-        yield KernelCase("DynamicQuantizeMatMul", 8, 0, k, n)
-        yield KernelCase("MatMul", 32, 0, k, n)
-
-
-def kernel_model(case: KernelCase, seed: int = 0) -> bytes:
-    """The one-node model of a case with random weights. Raises KeyError for an operator that the table does not hold."""
-    rng = np.random.default_rng(seed)
-    k, n = case.k, case.n
-    constants: dict[str, NDArray[Any]]
-    if case.op == "MatMulNBits":
-        blocks = -(-k // case.block)
-        codes = rng.integers(0, 256, (n, blocks, case.block * case.bits // 8), np.uint8)
-        constants = {"codes": codes, "scales": rng.random((n, blocks), np.float32) * 0.01}
-        attributes = {"K": k, "N": n, "bits": case.bits, "block_size": case.block, "accuracy_level": 4}
-        return model_bytes(OneNode(case.op, k, n, constants, attributes, MICROSOFT))
-    if case.op == "DynamicQuantizeMatMul":
-        constants = {"codes": rng.integers(-127, 128, (k, n), np.int8), "scales": np.full(n, 0.01, np.float32)}
-        return model_bytes(OneNode(case.op, k, n, constants, {}, MICROSOFT))
-    return model_bytes(OneNode({"MatMul": "MatMul"}[case.op], k, n, {"weights": rng.standard_normal((k, n), np.float32)}, {}))
-
-
-def time_kernel(case: KernelCase, tokens: int, threads: int, seconds: float) -> Timing:
-    """Time [tokens, k] x [k, n] in onnxruntime."""
-    return _time_session(_session(case, threads), case.k, tokens, seconds)
-
-
-def _kernel_rows(case: KernelCase, threads: int, seconds: float) -> list[KernelTime]:
-    session = _session(case, threads)
-    timings = [(tokens, _time_session(session, case.k, tokens, seconds / len(TOKENS))) for tokens in TOKENS]
-    return [KernelTime(case.op, case.bits, case.block, case.k, case.n, tokens, threads, round(timing.seconds * 1e6, 2)) for tokens, timing in timings]
+def time_case(case: Case, points: Sequence[Point], threads: int, seconds: float) -> list[KernelTime]:
+    """Rows of the table: a case at its points, in about `seconds` (at least three runs a point, and the time that sessions take to open)."""
+    found: list[KernelTime] = []
+    runs: dict[int, CaseRun] = {}
+    deadline = time.perf_counter() + seconds
+    for done, point in enumerate(points):
+        count = copies(case, point)
+        if count not in runs:
+            runs.clear()  # one session's weights in memory at a time
+            runs[count] = open_case(case, point, threads)
+        timing = repeat(runs[count].bind(point), (deadline - time.perf_counter()) / (len(points) - done))
+        us = round(timing.seconds * 1e6 / count, 2)
+        found.append(KernelTime(case.op, case.bits, case.block, case.k, case.n, point.m, threads, us, case.symmetric, point.context))
+    return found
 
 
 def _gemm(op: str, bits: int, threads: int, seconds: float) -> tuple[float, Timing]:
     k, n, m = GEMM
-    timing = time_kernel(KernelCase(op, bits, 0, k, n), m, threads, seconds)
-    return 2e-9 * k * n * m / timing.seconds, timing
+    run = open_case(Case(op, bits, 0, k, n), Point(m), threads)
+    timing = repeat(run.bind(Point(m)), seconds)
+    return 2e-9 * k * n * m * run.count / timing.seconds, timing
 
 
-def _session(case: KernelCase, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise TargetError("probe", expected="onnxruntime", found="none", remedy="install onnxruntime") from error
-    if hasattr(onnxruntime, "disable_telemetry_events"):
-        onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(kernel_model(case), options, providers=["CPUExecutionProvider"])
+def _small(rows: int, threads: int, seconds: float) -> tuple[float, Timing]:
+    """Microseconds of a run of one norm over `rows` short rows."""
+    case = Case("SkipSimplifiedLayerNormalization", 32, 0, 16, 1)
+    run = CaseRun(case, 1, open_model(case_model(case), threads))
+    timing = repeat(run.bind(Point(rows)), seconds / 4)
+    return timing.seconds * 1e6, timing
 
 
-def _time_session(session: Any, k: int, tokens: int, seconds: float) -> Timing:
-    x = np.random.default_rng(1).standard_normal((tokens, k), np.float32)
-    y = np.empty((tokens, session.get_outputs()[0].shape[1]), np.float32)
-    binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, np.float32, list(x.shape), x.ctypes.data)
-    binding.bind_output("y", "cpu", 0, np.float32, list(y.shape), y.ctypes.data)
-    return repeat(lambda: session.run_with_iobinding(binding), seconds)
+def _parallel(threads: int, seconds: float) -> tuple[float, Timing]:
+    """The norm hands each row to a thread; of one row it makes no parallel region."""
+    many, timing = _small(threads, threads, seconds)
+    return max(many - _small(1, threads, seconds)[0], 0.01), timing
+
+
+def _open(threads: int, seconds: float) -> tuple[float, Timing]:
+    case = Case("MatMulNBits", 4, 64, 2048, 2048)
+    model = case_model(case, 8)
+    timing = repeat(lambda: open_model(model, threads), seconds)
+    return len(model) / timing.seconds / 1e6, timing
 
 
 def _bandwidth(threads: int, seconds: float) -> tuple[float, Timing]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from targets.errors import TargetError
-from targets.machine import fingerprint, onnxruntime_version, this_machine
+from targets.machine import cache_folder, fingerprint, onnxruntime_version, this_machine
 
 __all__ = [
     "KernelTime",
@@ -27,6 +27,8 @@ __all__ = [
     "here",
     "list_profiles",
     "load_profile",
+    "measured_here",
+    "measured_place",
     "profile_from",
     "profile_names",
 ]
@@ -51,7 +53,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column)."""
+    """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column).
+
+    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m.
+    """
 
     op: str
     bits: int
@@ -61,6 +66,8 @@ class KernelTime:
     m: int
     threads: int
     us: float
+    symmetric: bool = True
+    context: int = 0
 
     @property
     def gop_s(self) -> float:
@@ -86,6 +93,15 @@ class Profile:
     fp32_gflop_s: float | None = None
     int8_gop_s: float | None = None
     storage_read_mb_s: float | None = None
+    open_mb_s: float | None = None  # weights that a session makes ready a second, with the file in the system's cache
+    parallel_us: float | None = None  # starting and joining all threads once, inside an operator
+    run_us: float | None = None  # one run of a session, beside its operators
+    gpu: str = ""
+    gpu_memory_bytes: int | None = None
+    gpu_read_gb_s: float | None = None  # device memory
+    gpu_fp32_gflop_s: float | None = None
+    gpu_fp16_gflop_s: float | None = None
+    gpu_copy_gb_s: float | None = None  # host to device and back
     spin_ms: float | None = None
     onnxruntime: str = ""
     fingerprint: str = ""
@@ -126,6 +142,17 @@ def here() -> Profile:
     )
 
 
+def measured_place(machine: str) -> Path:
+    """Where the probe keeps the profile of a machine, by its fingerprint: a change that moves latencies makes it forgotten."""
+    return cache_folder() / "profiles" / f"{machine}.yaml"
+
+
+def measured_here() -> Profile | None:
+    """This machine as `trimtab targets probe` measured it last; None before that. Raises TargetError when the file is damaged."""
+    place = measured_place(fingerprint())
+    return load_profile(place) if place.is_file() else None
+
+
 def profile_names() -> list[str]:
     """Names that `load_profile` knows: "here", then the shipped ones in order."""
     return [HERE, *sorted(path.stem for path in PROFILES.glob("*.yaml"))]
@@ -137,10 +164,13 @@ def list_profiles() -> list[Profile]:
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
-    """A profile by its shipped name, "here", or a YAML file. Raises TargetError with the path inside the file and the nearest key."""
+    """A profile by its shipped name, "here" (with its speeds once they were probed), or a YAML file.
+
+    Raises TargetError with the path inside the file and the nearest key.
+    """
     text = str(name_or_path)
     if text == HERE:
-        return here()
+        return measured_here() or here()
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
         if text not in profile_names():
@@ -160,7 +190,11 @@ def dump_profile(profile: Profile) -> str:
     """The YAML text of a profile; `load_profile` reads it back equal."""
     import yaml
 
-    text: str = yaml.safe_dump(profile.as_dict(), sort_keys=False, width=160, allow_unicode=True)
+    plain = profile.as_dict()
+    rows = plain.pop("kernels", [])
+    text: str = yaml.safe_dump(plain, sort_keys=False, width=160, allow_unicode=True)
+    if rows:  # one line a row
+        text += "kernels:\n" + "".join(f"- {yaml.safe_dump(row, sort_keys=False, width=1000, default_flow_style=True)}" for row in rows)
     return text
 
 

@@ -15,6 +15,7 @@ from targets.profile import IDENTITY, KernelTime, Profile, Provenance, _nearest,
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=1)]
+KERNEL_DEFAULTS = (("symmetric", True), ("context", 0))
 Speed = Annotated[float, Field(gt=0)]
 
 
@@ -58,6 +59,8 @@ class _Kernel(_Part):
     m: Count
     threads: Count
     us: Speed
+    symmetric: bool = True
+    context: int = Field(default=0, ge=0)
 
 
 class _Profile(_Part):
@@ -76,6 +79,15 @@ class _Profile(_Part):
     fp32_gflop_s: Speed | None = None
     int8_gop_s: Speed | None = None
     storage_read_mb_s: Speed | None = None
+    open_mb_s: Speed | None = None
+    parallel_us: Speed | None = None
+    run_us: Speed | None = None
+    gpu: str = ""
+    gpu_memory_bytes: Count | None = None
+    gpu_read_gb_s: Speed | None = None
+    gpu_fp32_gflop_s: Speed | None = None
+    gpu_fp16_gflop_s: Speed | None = None
+    gpu_copy_gb_s: Speed | None = None
     spin_ms: Speed | None = None
     onnxruntime: str = ""
     fingerprint: str = ""
@@ -118,7 +130,7 @@ def as_plain(profile: Profile) -> dict[str, Any]:
     values = {name: value for name, value in asdict(profile).items() if value not in (None, "", (), {})}
     values["isa"] = list(profile.isa)
     if profile.kernels:
-        values["kernels"] = [asdict(row) for row in profile.kernels]
+        values["kernels"] = [{key: value for key, value in asdict(row).items() if (key, value) not in KERNEL_DEFAULTS} for row in profile.kernels]
     if profile.provenance:
         values["provenance"] = {
             name: {key: value for key, value in asdict(row).items() if value not in (None, "", 0)} for name, row in profile.provenance.items()

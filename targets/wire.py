@@ -1,61 +1,84 @@
-"""One-node ONNX models, written by hand in protobuf's wire format.
+"""Small ONNX models, written by hand in protobuf's wire format.
 
-The probe times onnxruntime's own kernels, and a device has onnxruntime but not the `onnx` package. A model with one node needs eight message types and two
-kinds of field: varints and length-delimited bytes. Field numbers are those of onnx.proto3 (onnx/onnx.proto3 in the ONNX repository); a test has onnx.checker
-accept the result.
+The probe times onnxruntime's own kernels, and a device has onnxruntime but not the `onnx` package. A model of a few nodes needs eight message types and
+three kinds of field: varints, length-delimited bytes, 32-bit floats. Field numbers are those of onnx.proto3 (onnx/onnx.proto3 in the ONNX repository); a test
+has onnx.checker accept the result.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-FLOAT, UINT8, INT8 = 1, 2, 3  # TensorProto.DataType
-_TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8}
-_ATTRIBUTE_INT = 2  # AttributeProto.AttributeType
+FLOAT, UINT8, INT8, INT32, INT64 = 1, 2, 3, 6, 7  # TensorProto.DataType
+TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8, np.dtype(np.int32): INT32, np.dtype(np.int64): INT64}
+_ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2  # AttributeProto.AttributeType
 MICROSOFT = "com.microsoft"
 IR_VERSION, OPSET = 10, 21
 
 
 @dataclass(frozen=True)
-class OneNode:
-    """y [m, n] = op(x [m, k], *constants): m is free. attributes are integers, all that the probed kernels have."""
+class Node:
+    """outputs = op(inputs). An empty name is an input that is left out. attributes: whole numbers or floats."""
 
     op: str
-    k: int
-    n: int
-    constants: Mapping[str, NDArray[np.generic]]
-    attributes: Mapping[str, int]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Mapping[str, int | float] = field(default_factory=dict)
     domain: str = ""
 
 
-def model_bytes(node: OneNode) -> bytes:
+@dataclass(frozen=True)
+class Value:
+    """An input or output of the model. dims: a number, or the name of a free one."""
+
+    name: str
+    dims: Sequence[int | str]
+    kind: int = FLOAT
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model: nodes in the order they run, constants by name."""
+
+    nodes: Sequence[Node]
+    inputs: Sequence[Value]
+    outputs: Sequence[Value]
+    constants: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+def model_bytes(graph: Graph) -> bytes:
     """The serialised ModelProto. Raises KeyError for a constant whose type the probe does not use."""
-    inputs = ["x", *node.constants]
-    body = b"".join(_text(1, name) for name in inputs) + _text(2, "y") + _text(4, node.op)
-    body += b"".join(_message(5, _attribute(name, value)) for name, value in node.attributes.items()) + _text(7, node.domain)
-    graph = _message(1, body) + _text(2, "probe")
-    graph += b"".join(_message(5, _tensor(name, value)) for name, value in node.constants.items())
-    graph += _message(11, _value_info("x", ("m", node.k))) + _message(12, _value_info("y", ("m", node.n)))
+    parts = [_message(1, _node(node)) for node in graph.nodes] + [_text(2, "probe")]
+    parts += [_message(5, _tensor(name, value)) for name, value in graph.constants.items()]
+    parts += [_message(11, _value_info(value)) for value in graph.inputs] + [_message(12, _value_info(value)) for value in graph.outputs]
     opsets = _message(8, _varint(2, OPSET)) + _message(8, _text(1, MICROSOFT) + _varint(2, 1))
-    return _varint(1, IR_VERSION) + _text(2, "trimtab") + _message(7, graph) + opsets
+    return _varint(1, IR_VERSION) + _text(2, "trimtab") + _message(7, b"".join(parts)) + opsets
 
 
-def _attribute(name: str, value: int) -> bytes:
+def _node(node: Node) -> bytes:
+    names = b"".join(_text(1, name) for name in node.inputs) + b"".join(_text(2, name) for name in node.outputs)
+    return names + _text(4, node.op) + b"".join(_message(5, _attribute(*item)) for item in node.attributes.items()) + _text(7, node.domain)
+
+
+def _attribute(name: str, value: int | float) -> bytes:
+    if isinstance(value, float):
+        return _text(1, name) + _number(2 << 3 | 5) + struct.pack("<f", value) + _varint(20, _ATTRIBUTE_FLOAT)
     return _text(1, name) + _varint(3, value) + _varint(20, _ATTRIBUTE_INT)
 
 
 def _tensor(name: str, value: NDArray[np.generic]) -> bytes:
     dims = b"".join(_varint(1, size) for size in value.shape)
-    return dims + _varint(2, _TYPES[value.dtype]) + _text(8, name) + _message(9, np.ascontiguousarray(value).tobytes())
+    return dims + _varint(2, TYPES[value.dtype]) + _text(8, name) + _message(9, np.ascontiguousarray(value).tobytes())
 
 
-def _value_info(name: str, shape: Sequence[int | str]) -> bytes:
-    dims = b"".join(_message(1, _text(2, size) if isinstance(size, str) else _varint(1, size)) for size in shape)
-    return _text(1, name) + _message(2, _message(1, _varint(1, FLOAT) + _message(2, dims)))
+def _value_info(value: Value) -> bytes:
+    dims = b"".join(_message(1, _text(2, size) if isinstance(size, str) else _varint(1, size)) for size in value.dims)
+    return _text(1, value.name) + _message(2, _message(1, _varint(1, value.kind) + _message(2, dims)))
 
 
 def _number(value: int) -> bytes:
@@ -67,13 +90,13 @@ def _number(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _varint(field: int, value: int) -> bytes:
-    return _number(field << 3) + _number(value)
+def _varint(field_number: int, value: int) -> bytes:
+    return _number(field_number << 3) + _number(value)
 
 
-def _message(field: int, body: bytes) -> bytes:
-    return _number(field << 3 | 2) + _number(len(body)) + body
+def _message(field_number: int, body: bytes) -> bytes:
+    return _number(field_number << 3 | 2) + _number(len(body)) + body
 
 
-def _text(field: int, value: str) -> bytes:
-    return _message(field, value.encode())
+def _text(field_number: int, value: str) -> bytes:
+    return _message(field_number, value.encode())

@@ -22,10 +22,9 @@ from compiler.deltas.load import load_delta
 from compiler.errors import TrimtabError
 from compiler.limits import PERCENTILE, ROWS, quantity
 from compiler.recipe import Recipe, load_recipe, parse_limits, parse_recipe
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Schemes, parse_scheme, stored_bytes
 from compiler.stages.export import road
 from compiler.stages.merge import merged_view
-from compiler.stages.quantize import stored_bytes
 from compiler.store import writing
 from compiler.text import read_yaml
 from runtimes.metrics import look_confidence, min_samples
@@ -80,7 +79,8 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a recipe as docs/recipe.md writes it: `deltas.path`, without list numbers."""
     parts: dict[str, type[BaseModel]] = {
-        "deltas": recipe_module.DeltaItem,
+        "deltas": recipe_module.Deltas,
+        "items": recipe_module.DeltaItem,
         "combine": recipe_module.CombineItem,
         "quantize": recipe_module.Quantize,
         "evaluate": recipe_module.Evaluate,
@@ -88,14 +88,14 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     }
     for name in model.model_fields:
         yield prefix + name
-        if not prefix and name in parts:
-            yield from recipe_keys(parts[name], f"{name}.")
+        if name in parts:
+            yield from recipe_keys(parts[name], f"{prefix}{name}.")
 
 
 def test_every_recipe_key_is_explained_and_no_other() -> None:
     documented, known = table_keys("recipe.md"), set(recipe_keys(Recipe))
     models = {model for model in vars(recipe_module).values() if isinstance(model, type) and issubclass(model, recipe_module.Part)}
-    rooms = {recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
+    rooms = {recipe_module.Deltas, recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
     assert models == {recipe_module.Part, Recipe, *rooms}
     assert known <= documented, known - documented
     extra = {key for key in documented - known if not PERCENTILE.fullmatch(key) and key not in {row.name for row in ROWS}}
@@ -187,7 +187,7 @@ def test_smallest_drops_are_what_the_table_says() -> None:
 
 
 def test_constants_in_the_prose_are_the_codes() -> None:
-    from compiler import pipeline
+    from compiler import judge
     from compiler.checkpoints.view import ROW_BLOCK_BYTES
     from compiler.evaluation import data, decoder, encoder
     from compiler.graph.architectures import FAMILIES
@@ -199,10 +199,10 @@ def test_constants_in_the_prose_are_the_codes() -> None:
 
     budget, bench = collect.Budget(), BenchOptions()
     verdicts, evaluation, export = text_of("verdicts.md"), text_of("evaluation.md"), text_of("export.md")
-    assert f"{bench.most} requests or {pipeline.MEASURE_SECONDS:.0f} seconds" in verdicts
+    assert f"{bench.most} requests or {judge.MEASURE_SECONDS:.0f} seconds" in verdicts
     assert f"about {budget.window_ms:.0f} ms" in verdicts and f"more than {TOLERANCE} times" in verdicts
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
-    assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and pipeline.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
+    assert f"from {collect.FIRST_FAIL_LOOK} samples on" in verdicts and judge.FRESH_PROCESSES + 1 == 3 and "three fresh processes" in verdicts
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
     assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20
@@ -307,8 +307,7 @@ def test_each_bad_input_stands_on_the_page_once() -> None:
 def test_refused_and_not_built_are_refused() -> None:
     """What index.md says is not built: were it built, the page would be wrong."""
     assert not {"explain", "distil", "bench", "compare", "cache"} & set(cli.commands)
-    assert "ablate" not in cli.commands["delta"].commands  # type: ignore[attr-defined]
-    for more in ({"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}, {"quantize": {"method": "gptq"}}):
+    for more in ({"distil": {"teacher": "x"}}, {"quantize": {"scheme": "auto"}}):
         with pytest.raises(TrimtabError):
             parse_recipe({"name": "x", "base": "base", **more}, Path("recipe.yaml"))
     assert Schemes(parse_scheme("int4-g64")).default == Recipe(name="x", base="base").quantize.schemes.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ import numpy as np
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import ANY, Delta, Edit, wrong_delta
-from compiler.deltas.names import HEADS, STORED_INPUT_FIRST, Names
+from compiler.deltas.names import EMBEDDINGS, HEADS, STORED_INPUT_FIRST, Names
+from compiler.deltas.select import EVERYTHING, Selection, module_of
 from compiler.errors import DeltaError
 
 LAYER = re.compile(r"\.(\d+)\.")
@@ -18,34 +20,50 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Bound:
-    """An edit that fits a tensor of the base. transposed: the base holds it as [in, out]."""
+    """An edit that fits a tensor of the base. transposed: the base holds it as [in, out]. factor: the selection's, beside the delta's weight."""
 
     delta: Delta
     edit: Edit
     transposed: bool
+    factor: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """What the difference is multiplied by."""
+        return self.delta.weight * self.factor
 
 
-def bind(base: Checkpoint, names: Names, deltas: Sequence[Delta]) -> dict[str, list[Bound]]:
-    """Base name, or the added name of a head, -> edits in order.
+def bind(base: Checkpoint, names: Names, deltas: Sequence[Delta], select: Selection = EVERYTHING) -> dict[str, list[Bound]]:
+    """Base name, or the added name of a head, -> edits in order, those that are selected. select: for all deltas together, beside each one's own.
 
     Raises DeltaError: a base digest that differs, keys that match nothing or only in part, shapes that do not fit, layers left
-    out that the delta says it adapts, a replacement at a weight other than 1 or by two deltas.
+    out that the delta says it adapts, patterns that select nothing, a replacement at a weight other than 1 or by two deltas.
     """
-    bound: dict[str, list[Bound]] = {}
+    found: list[list[tuple[str, Bound]]] = []
     for delta in deltas:
         _check_digest(base, delta)
         edits = list(_bind(base, names, delta))
         if delta.every_layer:
             _check_depth(base, delta, [name for name, _ in edits])
-        for name, one in edits:
+        found.append(edits)
+    if deltas:
+        select.check("deltas", (module_of(name) for edits in found for name, _ in edits))
+    bound: dict[str, list[Bound]] = {}
+    for delta, edits in zip(deltas, found, strict=True):
+        for name, one in _selected(delta, edits, select):
             bound.setdefault(name, []).append(one)
     _check_replacements(bound)
     return {name: _prepared(base, names, name, edits) for name, edits in bound.items()}
 
 
 def _check_digest(base: Checkpoint, delta: Delta) -> None:
-    if delta.base_digest and delta.base_digest != base.digest:
-        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], "compile it with the base it names")
+    """The base is the one the delta was made from, or the one that the user names by its digest in that one's place."""
+    if delta.accept_base and delta.accept_base != base.digest:
+        remedy = "name the digest of the base that this delta is to be merged into"
+        raise wrong_delta(delta.origin, f"the base that accept_base names, {delta.accept_base}", base.digest, remedy)
+    if delta.base_digest and delta.base_digest != base.digest and not delta.accept_base:
+        remedy = f"compile it with the base it names; to accept this one in its place, write accept_base: {base.digest}"
+        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], remedy)
 
 
 def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, Bound]]:
@@ -65,6 +83,13 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
             continue
         shape = _tensor(base, names, name).shape
         transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
+        if transposed is None and edit.replaces and name.endswith((*EMBEDDINGS, *HEADS)) and edit.shape[1:] == shape[1:] and edit.shape[0] > shape[0]:
+            raise wrong_delta(
+                f"{delta.origin}: {edit.target}",
+                f"the {shape[0]} rows of {base.origin}",
+                f"{edit.shape[0]} rows: the adapter was trained with {edit.shape[0] - shape[0]} added tokens, which are not built",
+                "resize the base's embeddings and tokenizer as in training, save it, and compile with that base",
+            )
         if transposed is None:
             raise wrong_delta(
                 f"{delta.origin}: {edit.target}",
@@ -73,6 +98,21 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
                 _trained_on(delta),
             )
         yield name, Bound(delta, edit, transposed)
+
+
+def _selected(delta: Delta, edits: Sequence[tuple[str, Bound]], select: Selection) -> list[tuple[str, Bound]]:
+    """The edits that both selections keep, with their factors (compiler.deltas.select, rules 2 to 4)."""
+    own = delta.select
+    own.check(delta.origin, (module_of(name) for name, _ in edits))
+    kept = [(name, module_of(name), one) for name, one in edits if own.keeps(module_of(name)) and select.keeps(module_of(name))]
+    if edits and not kept:
+        patterns = ", ".join((*select.only, *own.only))
+        raise wrong_delta(delta.origin, f"a module that {patterns} keeps", "none: nothing of the delta is left", "leave this delta out, or widen `only`")
+    scaled = [(name, replace(one, factor=own.factor(module, select.factor(module)))) for name, module, one in kept]
+    for name, one in scaled:
+        if not math.isfinite(one.weight):
+            raise wrong_delta(f"{delta.origin}: {name}", "a finite weight", f"{delta.weight} x {one.factor}", "choose smaller ones")
+    return scaled
 
 
 def _find(base: Checkpoint, names: Names, target: str) -> str | None:
@@ -138,9 +178,9 @@ def _check_replacements(bound: Mapping[str, Sequence[Bound]]) -> None:
     for name, edits in bound.items():
         replacing = [one for one in edits if one.edit.replaces]
         for one in replacing:
-            if one.delta.weight != 1.0:
+            if one.weight != 1.0:
                 remedy = "give this delta weight 1.0, or leave the module out of it (PEFT: modules_to_save)"
-                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced or added whole", f"{one.delta.weight}", remedy)
+                raise wrong_delta(f"{one.delta.origin}: {name}", "weight 1.0 for a module that is replaced or added whole", f"{one.weight:g}", remedy)
         if len(replacing) > 1:
             origins = " and ".join(one.delta.origin for one in replacing)
             raise wrong_delta(name, "one delta that replaces it", origins, "keep the module in one of these deltas")

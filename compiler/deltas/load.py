@@ -20,7 +20,8 @@ from compiler.deltas.loha import load_loha
 from compiler.deltas.lokr import load_lokr
 from compiler.deltas.lora import load_lora
 from compiler.deltas.oft import load_boft, load_oft
-from compiler.deltas.peft import Adapter, check_finite
+from compiler.deltas.peft import Adapter, check_finite, load_tokens
+from compiler.deltas.select import EVERYTHING, Selection
 from compiler.deltas.shira import load_shira
 from compiler.deltas.sparse import FORMAT, VERSION, load_sparse
 from compiler.deltas.vera import load_vera
@@ -36,6 +37,7 @@ KINDS: Mapping[str, Callable[[Adapter], Delta]] = {
     "LOKR": load_lokr,
     "OFT": load_oft,
     "SHIRA": load_shira,
+    "TRAINABLE_TOKENS": load_tokens,
     "VERA": load_vera,
 }
 # kind in the metadata of a delta file of our own -> loader
@@ -44,7 +46,9 @@ OWN_KINDS: Mapping[str, OwnLoader] = {"sparse": load_sparse, "diff": load_diff}
 OWN_FILE = "delta.safetensors"
 
 
-def load_delta(source: str, *, weight: float = 1.0, relative_to: Path | None = None) -> Delta:
+def load_delta(
+    source: str, *, weight: float = 1.0, relative_to: Path | None = None, name: str = "", select: Selection = EVERYTHING, accept_base: str | None = None
+) -> Delta:
     """The delta that `source` names (a path, package:MODULE/path, or a hub id). Raises DeltaError.
 
     1. A folder with adapter_config.json: a PEFT adapter of one of KINDS.
@@ -56,7 +60,7 @@ def load_delta(source: str, *, weight: float = 1.0, relative_to: Path | None = N
     if not math.isfinite(weight):
         raise DeltaError(source, expected="a finite weight", found=repr(weight), remedy="correct deltas.weight in the recipe")
     try:
-        return _load(locate(source, relative_to), source, weight)
+        return replace(_load(locate(source, relative_to), source, weight), name=name, select=select, accept_base=accept_base)
     except CheckpointError as error:
         raise DeltaError(error.place, expected=error.expected, found=error.found, remedy=error.remedy) from error
 
@@ -92,7 +96,8 @@ def _adapter(folder: Path, source: str, weight: float) -> Delta:
         raise _no_weights(folder, source)
     adapter = Adapter(folder, source, weight, config, file_tensors(weights))
     check_finite(source, adapter.tensors.values())
-    return replace(KINDS[kind](adapter), labels=_labels(folder))
+    base_digest = read_header(weights)[1].get("base_digest")  # as `trimtab delta diff` writes it; PEFT knows a base by name only
+    return replace(KINDS[kind](adapter), labels=_labels(folder), base_digest=str(base_digest) if base_digest else None)
 
 
 def _own(path: Path, source: str, weight: float) -> Delta:

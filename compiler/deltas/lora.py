@@ -35,7 +35,6 @@ NOT_BUILT: Mapping[str, str] = {
     "alora_invocation_tokens": "activated LoRA (it depends on the prompt, so it cannot be merged)",
     "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "trainable_token_indices": "trainable tokens",
 }
 # These start by taking the factors out of the base, so A and B fit a base that is nowhere stored
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -123,7 +122,8 @@ def _edits(adapter: Adapter, factors: Factors) -> list[Edit]:
     else:
         change = linear_change(factors.a, factors.b, scale, adapter.whole)
         shape = (factors.b.shape[0], factors.a.shape[1])
-        weight = Edit(target, shape, change, transposes=True, flipped=bool(adapter.config.get("fan_in_fan_out")))
+        flipped = bool(adapter.config.get("fan_in_fan_out"))
+        weight = Edit(target, shape, change, transposes=True, flipped=flipped, factors=lambda _: (factors.b.read() * np.float32(scale), factors.a.read()))
     if factors.magnitude is not None:
         if adapter.config.get("ensure_weight_tying") and (factors.embedding or target.endswith(HEADS)):
             # the embedding's norms run down the columns, the head's along the rows: no one tensor is both

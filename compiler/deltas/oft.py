@@ -2,14 +2,14 @@
 
     merged = W Q^T                      Q block-diagonal, b x b blocks; W [out, in]
     embedding: merged = W Q             W [vocabulary, dim]
-    BOFT: merged = s o (W Q^T)          s [out, 1]
+    BOFT: merged = s o (W Q^T)          s [out, 1]; Q = M_(m-1) ... M_1 M_0, M_i = P_i diag(Q_i) P_i^T for m butterfly factors
     difference = merged - W
 
     OFT:  K skew, its upper triangle row by row in oft_R.weight [blocks, b (b - 1) / 2]
           use_cayley_neumann, n terms: Q = I + 2 K + ... + 2 K^(n-2) + K^(n-1); n 2: I + 2 K; n 3 as n 4
           else Cayley: Q = (I - K) (I + K)^-1
           block_share: one block for all; coft: K shrunk to a norm of at most eps / sqrt(blocks)
-    BOFT: K = (R - R^T) / 2, R in boft_R [1, blocks, b, b]; Cayley
+    BOFT: K = (R - R^T) / 2, R in boft_R [m, blocks, b, b]; Cayley; P_i deals out half blocks (`butterfly`), P_0 = I
 
 Both rotate inside a row, so a block of rows needs no other. PEFT writes neither for Conv1D.
 """
@@ -40,7 +40,7 @@ def load_oft(adapter: Adapter) -> Delta:
 
 
 def load_boft(adapter: Adapter) -> Delta:
-    """A PEFT BOFT adapter of one butterfly factor. Raises DeltaError: more factors, parts that do not fit together."""
+    """A PEFT BOFT adapter. Raises DeltaError: parts that do not fit together."""
     modules, rest = modules_of(adapter, ("boft_R", "boft_s"), "boft_")
     rotation: Rotation = lru_cache(maxsize=1)(lambda stored: _boft_rotation(stored.read()))
     return make_delta(adapter, "boft", [_boft_edit(adapter, module, parts, rotation) for module, parts in modules.items()], modules, rest)
@@ -64,30 +64,52 @@ def _oft_edit(adapter: Adapter, module: str, parts: Parts, rotation: Rotation) -
     shared = bool(adapter.config.get("block_share"))
     inputs = ANY if shared else stored.shape[0] * size
 
-    return _rotating(f"{module}.weight", (ANY, inputs), lambda: rotation(stored), size, place, turned=embedding)
+    def rotate(rows: np.ndarray) -> np.ndarray:
+        return _turned(rows, rotation(stored) if embedding else rotation(stored).swapaxes(1, 2))
+
+    return _rotating(f"{module}.weight", (ANY, inputs), rotate, size, place)
 
 
 def _boft_edit(adapter: Adapter, module: str, parts: Parts, rotation: Rotation) -> Edit:
     place = adapter.place(module)
     stored, scale = need(place, parts, "boft_R", "boft_s")
-    if len(stored.shape) == 4 and stored.shape[0] != 1:
-        found = f"{stored.shape[0]} butterfly factors"
-        raise wrong_delta(place, "BOFT of one butterfly factor, as PEFT trains it without its CUDA extension", found, "merge this adapter with PEFT")
     if len(stored.shape) != 4 or stored.shape[2] != stored.shape[3] or len(scale.shape) != 2 or scale.shape[1] != 1:
-        raise misfit(place, "boft_R [1, blocks, b, b] and boft_s [out, 1]", parts)
-    count, size = stored.shape[1:3]
-    return _rotating(f"{module}.weight", (scale.shape[0], count * size), lambda: rotation(stored), size, place, scale=scale)
+        raise misfit(place, "boft_R [factors, blocks, b, b] and boft_s [out, 1]", parts)
+    factors, count, size = stored.shape[:3]
+    if factors > 1 and (size % 2 or count % 2 ** (factors - 1)):
+        raise misfit(place, f"blocks of an even size, {2 ** (factors - 1)} or a multiple of them, for {factors} butterfly factors", parts)
+    orders = [butterfly(count * size, size, number) for number in range(factors)]
+
+    def rotate(rows: np.ndarray) -> np.ndarray:
+        for blocks, order in zip(rotation(stored), orders, strict=True):
+            sorted_rows = np.empty_like(rows)
+            sorted_rows[:, order] = rows
+            rows = _turned(sorted_rows, blocks.swapaxes(1, 2))[:, order]
+        return rows
+
+    return _rotating(f"{module}.weight", (scale.shape[0], count * size), rotate, size, place, scale)
 
 
-def _rotating(
-    target: str, shape: tuple[int, int], blocks: Callable[[], np.ndarray], size: int, place: str, *, turned: bool = False, scale: TensorView | None = None
-) -> Edit:
-    """blocks() -> Q float32 [count or 1, b, b]; turned: W Q instead of W Q^T."""
+def butterfly(width: int, size: int, number: int) -> np.ndarray:
+    """P of butterfly factor `number` as an index: int [width]. Width 8, size 2, number 1 -> [0 2 1 3 4 6 5 7].
+
+    Within each run of size * 2^number columns the half blocks are dealt out, those at even places first, then those at odd ones.
+    """
+    halves = np.arange(width).reshape(-1, 2 ** (number + 1), size // 2) if number else np.arange(width).reshape(1, 1, width)
+    return np.concatenate([halves[:, 0::2], halves[:, 1::2]], axis=1).reshape(-1)
+
+
+def _turned(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """rows [n, inputs] times the block-diagonal matrix of `blocks` [count or 1, b, b] -> [n, inputs]."""
+    parts = rows.reshape(len(rows), -1, blocks.shape[1]).swapaxes(0, 1)
+    return np.matmul(parts, blocks).swapaxes(0, 1).reshape(rows.shape)
+
+
+def _rotating(target: str, shape: tuple[int, int], rotate: Callable[[np.ndarray], np.ndarray], size: int, place: str, scale: TensorView | None = None) -> Edit:
+    """rotate: rows [n, inputs] -> rows times Q^T (or Q). size: of its blocks. scale [out, 1]: BOFT's."""
 
     def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
-        rotation = blocks()
-        rows = base.reshape(len(base), -1, size).swapaxes(0, 1)
-        merged = np.matmul(rows, rotation if turned else rotation.swapaxes(1, 2)).swapaxes(0, 1).reshape(base.shape)
+        merged = rotate(base)
         if scale is not None:
             merged = merged * scale.rows(first, first + len(base))
         return np.asarray(merged - base)
@@ -107,9 +129,9 @@ def _block_size(entries: int) -> int:
 
 
 def _boft_rotation(stored: np.ndarray) -> np.ndarray:
-    """boft_R [1, blocks, b, b] -> Q float32 [blocks, b, b]."""
-    factors = stored[0].astype(np.float64)
-    return _cayley((factors - factors.swapaxes(1, 2)) / 2)
+    """boft_R [factors, blocks, b, b] -> Q float32 of the same shape."""
+    factors = stored.astype(np.float64).reshape(-1, *stored.shape[2:])
+    return _cayley((factors - factors.swapaxes(1, 2)) / 2).reshape(stored.shape)
 
 
 def _oft_rotation(stored: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:

@@ -19,6 +19,7 @@ from compiler.checkpoints.files import sha256_file, sha256_parts
 from compiler.checkpoints.safetensors import FLOATS
 from compiler.checkpoints.view import TensorView
 from compiler.deltas.base import Delta, Edit, wrong_delta
+from compiler.deltas.tokens import PART, is_tokens, token_edit
 from compiler.errors import DeltaError
 
 Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last few
@@ -69,7 +70,7 @@ def modules_of(adapter: Adapter, parts: Sequence[str], prefix: str) -> tuple[dic
         match = pattern.fullmatch(name)
         if match:
             found.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"]] = view
-        elif f".{prefix}" in name or "trainable_tokens" in name:
+        elif (prefix and f".{prefix}" in name) or ("trainable_tokens" in name and not is_tokens(name)):
             raise wrong_delta(
                 adapter.place(name),
                 ", ".join(parts),
@@ -87,8 +88,11 @@ def make_delta(adapter: Adapter, kind: str, edits: Iterable[Edit], modules: Iter
     Raises DeltaError: NaN or infinity, no tensors, a whole tensor that nothing in adapter_config.json accounts for.
     """
     known = frozenset(modules)
-    replaced = [_replacement(adapter, name, view, known) for name, view in rest.items()]
-    changed = list(edits)
+    replaced = [_replacement(adapter, name, view, known) for name, view in rest.items() if not is_tokens(name)]
+    tokens = [_tokens(adapter, name, view) for name, view in rest.items() if is_tokens(name)]
+    if adapter.config.get("trainable_token_indices") and not tokens:
+        raise wrong_delta(adapter.origin, "trainable_tokens_delta, as trainable_token_indices says", "no such rows in the file", SAVE_AGAIN)
+    changed = [*edits, *tokens]
     if not changed and not replaced:
         raise wrong_delta(adapter.origin, f"{kind} factors", "none: the file holds no tensors", "train the adapter, or gather sharded weights before saving it")
     files = [path for name in FILES if (path := adapter.folder / name).is_file()]
@@ -102,8 +106,14 @@ def make_delta(adapter: Adapter, kind: str, edits: Iterable[Edit], modules: Iter
         base_name=str(config.get("base_model_name_or_path") or ""),
         task=str(config.get("task_type") or ""),
         every_layer=_adapts_every_layer(config),
-        tied=bool(config.get("ensure_weight_tying")),
+        tied=bool(config.get("ensure_weight_tying") or tokens),
     )
+
+
+def load_tokens(adapter: Adapter) -> Delta:
+    """An adapter of trainable tokens alone (compiler.deltas.tokens). Raises DeltaError as `token_edit` does."""
+    modules, rest = modules_of(adapter, ("trainable_tokens_original",), "")
+    return make_delta(adapter, "tokens", [], modules, rest)
 
 
 def _adapts_every_layer(config: Mapping[str, Any]) -> bool:
@@ -159,6 +169,11 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def _tokens(adapter: Adapter, name: str, view: TensorView) -> Edit:
+    module = name.removeprefix(PREFIX).removesuffix(PART).removesuffix(".token_adapter")
+    return token_edit(adapter.place(module), module, view, adapter.config)
 
 
 def _replacement(adapter: Adapter, name: str, view: TensorView, modules: frozenset[str]) -> Edit:

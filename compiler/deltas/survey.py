@@ -94,7 +94,7 @@ def _bound(delta: Delta, base: Checkpoint) -> Iterator[Row]:
             def rows(first: int, stop: int, one: Any = one, old: Rows = view.rows) -> np.ndarray:
                 before = old(first, stop)
                 change = one.edit.change(first, before, one.transposed)
-                return change - before if one.edit.replaces else change * np.float32(delta.weight)
+                return change - before if one.edit.replaces else change * np.float32(one.weight)
 
             yield name, one.edit, rows, view.shape, view.rows
 

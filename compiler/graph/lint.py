@@ -5,10 +5,18 @@ MatMulNBits (contrib operator spec, com.microsoft 1; the conditions under which 
 2. zero points are uint8: float ones dequantize the whole matrix on every call
 3. no `g_idx` (GPTQ's act-order): the same
 4. block size 16, 32, 64, 128 or 256: the same
-5. weights, scales and zero points are initializers: they cannot be prepacked otherwise
+5. weights, scales and zero points are initializers, or nodes make them of initializers alone and onnxruntime folds those before it prepacks
+6. 2, 4 or 8 bits: no other width has a kernel
+
+MatMulInteger, MatMulIntegerToFloat, DynamicQuantizeMatMul:
+7. weights as in rule 5
+8. activations are uint8: signed ones have no kernel on x86 (576 x 3072, one core of a Zen 3: 19 GOP/s against 165)
+
+Every operator that multiplies matrices:
+9. no float16 operand on the CPU: it is cast to float32 on every call; stored float16 is widened by a Cast of the initializer, which is folded
 
 Integer products of uint8 activations and int8 weights (U8S8), a fault of results:
-6. |w[k]| + |w[k + 1]| <= 128 for even k: on x86 without VNNI the kernel adds two products in 16 bits (vpmaddubsw), and 255 * 129 does not fit.
+10. |w[k]| + |w[k + 1]| <= 128 for even k: on x86 without VNNI the kernel adds two products in 16 bits (vpmaddubsw), and 255 * 129 does not fit.
    Codes of 7 bits always hold it; uint8 weights need no bound, their kernel widens first. It is proven from the codes in the file, for any activation,
    and asked of every file, since a file says nothing of the machines it will be copied to.
 """
@@ -24,27 +32,45 @@ from compiler.errors import BundleError
 from compiler.graph.encoder_quantize import PAIR_BOUND, worst_pair
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-INTEGER_WEIGHTS = {
-    "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1,
-    "QAttention": 1,
-    "QLinearMatMul": 3,
-}  # operator -> its weight's input
+WIDTHS = (2, 4, 8)
+INTEGER = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "QAttention": 1}  # operator -> input that holds the weights
+FLOAT = ("MatMul", "FusedMatMul", "Gemm")
 
 
 def lint(model: ir.Model) -> list[str]:
     """Every fault of the model as one line `node: fault`; an empty list is a clean graph."""
-    rules = {"MatMulNBits": nbits_faults, **dict.fromkeys(INTEGER_WEIGHTS, pair_faults)}
-    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() if node.op_type in rules for fault in rules[node.op_type](node)]
+    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() for fault in node_faults(node)]
+
+
+def node_faults(node: ir.Node) -> Iterator[str]:
+    """The rules that apply to a node."""
+    if node.op_type == "MatMulNBits":
+        yield from nbits_faults(node)
+    if node.op_type in INTEGER:
+        yield from integer_faults(node)
+    if node.op_type in FLOAT and any(value is not None and value.dtype == ir.DataType.FLOAT16 for value in node.inputs):
+        yield "a float16 operand: it is cast to float32 on every call"
+
+
+def integer_faults(node: ir.Node) -> Iterator[str]:
+    """Rules 7, 8 and 10 for one product of integers."""
+    activations, weights = node.inputs[0], node.inputs[INTEGER[node.op_type]]
+    if weights is not None and not constant(weights):
+        yield f"{weights.name} is not an initializer: nothing can be prepacked"
+    elif weights is not None and weights.dtype == ir.DataType.INT8:
+        yield from pair_faults(weights)
+    if activations is not None and activations.dtype == ir.DataType.INT8:
+        yield "int8 activations: no kernel of x86 takes them"
 
 
 def nbits_faults(node: ir.Node) -> Iterator[str]:
-    """Rules 1-5 for one MatMulNBits."""
+    """Rules 1-6 for one MatMulNBits."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     inputs = [*node.inputs, *[None] * 6][:6]
     if attributes.get("accuracy_level", 0) != 4:
         yield f"accuracy_level {attributes.get('accuracy_level', 0)}, not 4: weights are dequantized on every call"
+    if attributes.get("bits") not in WIDTHS:
+        yield f"bits {attributes.get('bits')}, not one of {WIDTHS}: there is no kernel"
     if inputs[3] is not None and inputs[3].dtype != ir.DataType.UINT8:
         yield f"zero points of type {inputs[3].dtype}, not UINT8: the matrix is dequantized on every call"
     if inputs[4] is not None:
@@ -52,19 +78,24 @@ def nbits_faults(node: ir.Node) -> Iterator[str]:
     if attributes.get("block_size") not in BLOCK_SIZES:
         yield f"block_size {attributes.get('block_size')}, not one of {BLOCK_SIZES}: the matrix is dequantized on every call"
     for value in inputs[1:4]:
-        if value is not None and not value.is_initializer():
+        if value is not None and not constant(value):
             yield f"{value.name} is not an initializer: nothing can be prepacked"
 
 
-def pair_faults(node: ir.Node) -> Iterator[str]:
-    """Rule 6 for one integer product; weights [in, out]."""
-    weight = node.inputs[INTEGER_WEIGHTS[node.op_type]]
-    if weight is None or weight.dtype != ir.DataType.INT8:
-        return
-    if weight.const_value is None:
-        yield f"{weight.name} is not an initializer: whether its products saturate cannot be told"
-    elif (worst := worst_pair(weight.const_value.numpy())) > PAIR_BOUND:
-        yield f"{weight.name} has neighbouring codes of {worst} together, more than {PAIR_BOUND}: 16-bit sums saturate on processors without VNNI"
+def pair_faults(weights: ir.Value) -> Iterator[str]:
+    """Rule 10 for int8 [in, out]."""
+    if weights.const_value is None:
+        yield f"{weights.name} is computed: whether its products saturate cannot be told"
+    elif (worst := worst_pair(weights.const_value.numpy())) > PAIR_BOUND:
+        yield f"{weights.name} has neighbouring codes of {worst} together, more than {PAIR_BOUND}: 16-bit sums saturate on processors without VNNI"
+
+
+def constant(value: ir.Value) -> bool:
+    """Whether a value depends on initializers alone."""
+    if value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(constant(one) for one in node.inputs if one is not None)
 
 
 def require_clean(model_path: Path) -> None:

@@ -6,7 +6,7 @@ base, differences and the combine method; `MergePlan.record` says which delta to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,12 +21,13 @@ from compiler.deltas.combine import Combine, combine_named, linear
 from compiler.deltas.heads import check_head, head_config
 from compiler.deltas.mix import LastBlock, Term, mixed_rows
 from compiler.deltas.names import HEADS, Names
+from compiler.deltas.select import EVERYTHING, Selection
 from compiler.deltas.tied import untie
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge does. bound: base or added name -> edits in order. head: (head's name, embedding's name) where it unties."""
+    """What a merge does. bound: base or added name -> edits in order. head: (head's name, embedding's name) where it unties. select: of all deltas."""
 
     base: Checkpoint
     deltas: tuple[Delta, ...]
@@ -35,6 +36,7 @@ class MergePlan:
     added: tuple[str, ...] = ()
     head: tuple[str, str] | None = None
     notes: tuple[str, ...] = ()
+    select: Selection = EVERYTHING
 
     def view(self) -> Checkpoint:
         """The merged checkpoint; nothing is computed until rows are read."""
@@ -60,6 +62,7 @@ class MergePlan:
         return {
             "base": {"name": self.base.origin, "digest": self.base.digest},
             "combine": str(self.combine),
+            "select": self.select.as_dict(),
             "deltas": [self._delta_record(delta) for delta in self.deltas],
             "added": list(self.added),
             "notes": list(self.notes),
@@ -67,9 +70,13 @@ class MergePlan:
 
     def _delta_record(self, delta: Delta) -> dict[str, Any]:
         return {
-            "name": delta.origin,
+            "name": delta.name,
+            "origin": delta.origin,
             "kind": delta.kind,
             "weight": delta.weight,
+            "select": delta.select.as_dict(),
+            "made_from": delta.base_digest,
+            "accepted_base": self.base.digest if _overridden(self.base, delta) else None,
             "digest": delta.digest,
             "trained_on": delta.base_name,
             "tensors": sorted(name for name, edits in self.bound.items() if any(one.delta is delta for one in edits)),
@@ -95,7 +102,9 @@ class MergePlan:
     def _digest(self) -> str:
         parts = {"base": self.base.digest, "combine": str(self.combine)}
         for number, delta in enumerate(self.deltas):
-            parts[f"delta {number:04d}"] = f"{delta.digest} {delta.weight!r}"
+            parts[f"delta {number:04d}"] = f"{delta.digest} {delta.weight!r} {delta.select}".rstrip()
+        if self.select.as_dict():
+            parts["select"] = str(self.select)
         return sha256_parts(parts)
 
 
@@ -104,17 +113,34 @@ def merged_view(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | st
     return plan_merge(base, deltas, combine).view() if deltas else base
 
 
-def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str = "linear") -> MergePlan:
-    """Bind the deltas to the base. Raises DeltaError as `bind`, `check_head` and `untie` say, RecipeError for an unknown combine."""
+def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str = "linear", select: Selection = EVERYTHING) -> MergePlan:
+    """Bind the deltas, where `select` keeps them, to the base. Raises DeltaError as `bind`, `check_head`, `untie` say, RecipeError for an unknown combine."""
     mixture = combine_named(combine) if isinstance(combine, str) else combine
     names = Names(base.tensors, str(base.config.get("model_type")))
-    bound = bind(base, names, deltas)
+    bound = bind(base, names, deltas, select)
     added = tuple(name for name in bound if name not in base.tensors and name not in HEADS)
     for delta in deltas:
         check_head(base, names, delta, added)
     head, notes = untie(base, names, bound)
     known = {*base.tensors, *added, *(head or ())[:1]}
-    return MergePlan(base, tuple(deltas), mixture, {name: tuple(edits) for name, edits in bound.items() if name in known}, added, head, notes)
+    kept = {name: tuple(edits) for name, edits in bound.items() if name in known}
+    return MergePlan(base, tuple(deltas), mixture, kept, added, head, (*notes, *_said(base, deltas, select)), select)
+
+
+def _overridden(base: Checkpoint, delta: Delta) -> bool:
+    """Does the user let this base stand for another that the delta was made from?"""
+    return bool(delta.accept_base and delta.base_digest and delta.base_digest != base.digest)
+
+
+def _said(base: Checkpoint, deltas: Sequence[Delta], select: Selection) -> Iterator[str]:
+    """What the user overrode or chose, for the manifest and the report."""
+    for delta in deltas:
+        if _overridden(base, delta):
+            yield f"{delta.origin} was made from base {delta.base_digest}; accept_base names {base.digest} in its place"
+        if delta.select.as_dict():
+            yield f"{delta.origin}: {delta.select}"
+    if select.as_dict():
+        yield f"all deltas: {select}"
 
 
 def _replaced(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
@@ -130,7 +156,7 @@ def _apply(block: np.ndarray, first: int, edits: Sequence[Bound]) -> np.ndarray:
     changes = [one for one in edits if not one.edit.replaces]
     # the sum is taken in its block, while later differences still have to read it
     base = block.copy() if any(one.edit.reads_base for one in changes[1:]) else block
-    return linear(block, ((one.delta.weight, one.edit.change(first, base, one.transposed)) for one in changes))
+    return linear(block, ((one.weight, one.edit.change(first, base, one.transposed)) for one in changes))
 
 
 def _terms(edits: Sequence[Bound]) -> list[Term]:
@@ -146,7 +172,7 @@ def _terms(edits: Sequence[Bound]) -> list[Term]:
             total = total + one.edit.change(first, base, one.transposed)
         return total
 
-    return [Term(group[0].delta.weight, group[0].delta.digest, partial(change, group)) for group in groups.values()]
+    return [Term(group[0].weight, group[0].delta.digest, partial(change, group)) for group in groups.values()]
 
 
 def _merged(view: TensorView, edits: Sequence[Bound], combine: Combine, last: LastBlock) -> TensorView:

@@ -220,8 +220,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "oft of 0.17": ("OFT", {"oft_R.weight": [[1]]}, {"peft_version": "0.17.1"}, "found PEFT 0.17.1; train it again"),
     "oft older still": ("OFT", {"oft_r": [[[1]]]}, {"peft_version": "0.21.0"}, "oft_r: expected oft_R, oft_embedding_R, found a part that is not built"),
     "oft shape": ("OFT", {"oft_R.weight": [[1, 1]]}, {"peft_version": "0.21.0"}, r"expected oft_R of shape \[blocks, b \(b - 1\) / 2\]"),
-    "boft butterfly": ("BOFT", {"boft_R": np.zeros((2, 1, 2, 2), "<f4"), "boft_s": [[1], [1]]}, {}, "found 2 butterfly factors; merge this adapter with PEFT"),
-    "boft shape": ("BOFT", {"boft_R": np.zeros((1, 1, 2, 3), "<f4"), "boft_s": [[1], [1]]}, {}, r"expected boft_R \[1, blocks, b, b\] and boft_s"),
+    "boft butterfly": (
+        "BOFT",
+        {"boft_R": np.zeros((2, 1, 2, 2), "<f4"), "boft_s": [[1], [1]]},
+        {},
+        "expected blocks of an even size, 2 or a multiple of them, for 2 butterfly factors",
+    ),
+    "boft shape": ("BOFT", {"boft_R": np.zeros((1, 1, 2, 3), "<f4"), "boft_s": [[1], [1]]}, {}, r"expected boft_R \[factors, blocks, b, b\] and boft_s"),
     "shira shape": ("SHIRA", {"shira_indices": np.zeros((2, 3), np.int32), "shira_weight": [1]}, {}, r"expected shira_indices \[2, n\] and shira_weight \[n\]"),
 }
 

@@ -294,7 +294,11 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
         "expected DoRA on layers other than a tied embedding or head, found lm_head, with ensure_weight_tying; leave these modules out",
     ),
     "qalora": (pair(Q, 6, 4), {"use_qalora": True}, "expected a plain LoRA, found QALoRA: use_qalora is set; merge this adapter with PEFT"),
-    "trainable tokens": (pair(Q, 6, 4), {"trainable_token_indices": [1]}, "trainable tokens: trainable_token_indices is set"),
+    "trainable tokens": (
+        pair(Q, 6, 4),
+        {"trainable_token_indices": [1]},
+        "expected trainable_tokens_delta, as trainable_token_indices says, found no such rows",
+    ),
     "activated": (pair(Q, 6, 4), {"alora_invocation_tokens": [1]}, "activated LoRA"),
     "pissa": (pair(Q, 6, 4), {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changed the base; save it again with save_pretrained"),
     "another kind": (pair(Q, 6, 4), {"peft_type": "HIRA"}, "expected a delta of kind LORA, .*, found HIRA; merge it with PEFT.*: HIRA is not built"),
@@ -394,3 +398,53 @@ def test_embedding_under_a_mask_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match="which this base ties to its mask head; set task_type"):
         merged_view(base, [load_delta(write_adapter(tmp_path / "d", factors))])
     merged_view(base, [load_delta(write_adapter(tmp_path / "d", factors, task_type="FEATURE_EXTRACTION"))])
+
+
+# the guards of a base that is not the delta's own
+
+
+def made_from(folder: Path, digest: str) -> str:
+    """An adapter that says which base it was made from, in the metadata of its weights."""
+    package = pytest.importorskip("safetensors.numpy")
+    source = write_adapter(folder, pair(Q, 6, 4))
+    package.save_file(pair(Q, 6, 4), folder / "adapter_model.safetensors", {"base_digest": digest})
+    return source
+
+
+def test_a_base_is_accepted_by_its_digest_only_and_recorded(tmp_path: Path) -> None:
+    source, base = made_from(tmp_path / "d", "c" * 64), base_of(LLAMA)
+    with pytest.raises(DeltaError, match=f"found bbbbbbbbbbbb; compile it with the base it names; to accept .* write accept_base: {'b' * 64}"):
+        plan_merge(base, [load_delta(source)])
+    with pytest.raises(DeltaError, match=f"expected the base that accept_base names, {'a' * 64}, found {'b' * 64}; name the digest of the base"):
+        plan_merge(base, [load_delta(source, accept_base="a" * 64)])
+    record = plan_merge(base, [load_delta(source, accept_base="b" * 64)]).record()
+    assert (record["deltas"][0]["made_from"], record["deltas"][0]["accepted_base"]) == ("c" * 64, "b" * 64)
+    assert record["notes"] == [f"{source} was made from base {'c' * 64}; accept_base names {'b' * 64} in its place"]
+
+
+def test_accept_base_pins_a_base_that_needs_no_override(tmp_path: Path) -> None:
+    """A delta of that very base, and one that names none: merged, and no override recorded."""
+    for source in (made_from(tmp_path / "own", "b" * 64), write_adapter(tmp_path / "silent", pair(Q, 6, 4))):
+        record = plan_merge(base_of(LLAMA), [load_delta(source, accept_base="b" * 64)]).record()
+        assert record["deltas"][0]["accepted_base"] is None and not record["notes"]
+    with pytest.raises(DeltaError, match="the base that accept_base names"):
+        plan_merge(base_of(LLAMA), [load_delta(str(tmp_path / "silent"), accept_base="a" * 64)])
+
+
+def test_added_vocabulary_rows_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = {**pair(Q, 6, 4), f"{ROOT}model.embed_tokens.weight": f32(12, 4)}
+    source = write_adapter(tmp_path / "d", tensors, modules_to_save=["embed_tokens"])
+    with pytest.raises(DeltaError, match=r"expected the 10 rows of the base, found 12 rows: .* with 2 added tokens, which are not built; resize the base's"):
+        plan_merge(base_of(LLAMA), [load_delta(source)])
+
+
+def test_a_merge_that_overflows_its_type_leaves_nothing(tmp_path: Path) -> None:
+    """float16 ends at 65504: the sum is finite in float32 and would become infinite when it is stored."""
+    from compiler.checkpoints.write import write_checkpoint
+    from compiler.errors import OutputError
+
+    big = {name: array * np.float32(1e3) for name, array in pair(Q, 6, 4).items()}
+    merged = merged_view(base_of(LLAMA), [load_delta(write_adapter(tmp_path / "d", big))])
+    with pytest.raises(OutputError, match=rf"{Q}.weight: expected values that fit F16, found .*, which becomes infinite; write it as fp32 or bf16"):
+        write_checkpoint(merged, tmp_path / "out", dtype="fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]

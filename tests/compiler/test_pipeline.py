@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from compiler import pipeline
+from compiler import judge
 
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
-    monkeypatch.setattr(pipeline, "MEASURE_SECONDS", 1.0)
-    monkeypatch.setattr(pipeline, "FRESH_PROCESSES", 1)
+    monkeypatch.setattr(judge, "MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr(judge, "FRESH_PROCESSES", 1)
 
 
 @pytest.fixture

@@ -18,6 +18,11 @@ targets:
 """
 
 
+def given(deltas: str) -> str:
+    """GOOD with its list of deltas replaced."""
+    return GOOD.replace("deltas:\n  - path: adapters/support\n    weight: 0.5", f"deltas: {deltas}")
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(text: str) -> Path:
@@ -31,7 +36,7 @@ def write(tmp_path):
 def test_reads_what_it_says(write, tmp_path):
     recipe = load_recipe(write(GOOD))
     assert recipe.folder == tmp_path
-    assert recipe.deltas[0].weight == 0.5
+    assert recipe.deltas.items[0].weight == 0.5
     assert str(recipe.quantize.schemes.of("lm_head")) == "int8-g32"
     assert str(recipe.quantize.schemes.of("model.layers.0.mlp.down_proj")) == "int4-g32-asym"
     assert recipe.targets[0].limits["ttft_p95_ms"] == 400
@@ -45,11 +50,21 @@ def test_set_lays_values_over_the_file(write):
 BAD = {
     "unknown key": (GOOD + "quantise: int4\n", r"recipe.yaml: quantise: expected one of .* found unknown key 'quantise'; did you mean 'quantize'\?"),
     "unknown nested key": (GOOD.replace("weight: 0.5", "wieght: 0.5"), r"deltas.0.wieght: .*did you mean 'weight'\?"),
+    "name twice": (GOOD.replace("    weight: 0.5", "  - path: other/support"), r"deltas: expected a name of its own for each delta, found 'support' twice"),
+    "bad delta name": (GOOD.replace("weight: 0.5", "name: a/b"), r"deltas.0.name: expected"),
+    "attached": (given("{mode: attached}"), r"deltas.mode: .*items to attach"),
+    "unknown key of deltas": (
+        given("{ony: [a]}"),
+        r"deltas.ony: .*did you mean 'only'\?",
+    ),
+    "infinite factor": (GOOD.replace("weight: 0.5", "scale: {a: .inf}"), r"deltas.0.scale.a: expected a finite number"),
+    "empty pattern": (GOOD.replace("weight: 0.5", 'only: [""]'), r"expected patterns of module names, found an empty one"),
+    "only of nothing": (given("{only: [a]}"), r"expected items for only and scale"),
     "unknown limit": (GOOD.replace("size_mb", "sise_mb"), r"limits.sise_mb: .*did you mean 'size_mb'\?"),
     "NaN limit": (GOOD.replace("105", ".nan"), r"targets.0.limits.size_mb: expected a finite number"),
     "infinite limit": (GOOD.replace("105", ".inf"), r"targets.0.limits.size_mb: expected a finite number"),
     "text limit": (GOOD.replace("105", "small"), r"targets.0.limits.size_mb: expected a valid number"),
-    "unknown scheme": (GOOD.replace("int4-g32-asym", "int3-g32"), r"quantize.scheme: expected int4-gN"),
+    "unknown scheme": (GOOD.replace("int4-g32-asym", "int9-g32"), r"quantize.scheme: expected intB-gN"),
     "unknown layer scheme": (GOOD.replace("int8-g32", "int9"), r"quantize.layers.lm_head"),
     "missing base": (GOOD.replace("base: models/base\n", ""), r"recipe.yaml: base: expected this key"),
     "duplicate key": (GOOD + "name: other\n", r"recipe.yaml:\d+:1: expected plain YAML, found key 'name' appears twice"),
@@ -59,7 +74,7 @@ BAD = {
     "broken": ("name: [\n", r"expected plain YAML"),
     "same target twice": (GOOD + "  - profile: here\n", r"'here' twice"),
     "bad name": (GOOD.replace("support-assistant", "../../etc"), r"recipe.yaml: name"),
-    "unbuilt method": (GOOD.replace("scheme: int4-g32-asym,", "scheme: int4-g32-asym, method: gptq,"), r"quantize.method: expected 'rtn'"),
+    "unknown method": (GOOD.replace("scheme: int4-g32-asym,", "scheme: int4-g32-asym, method: awq,"), r"quantize.method: expected 'rtn'"),
 }
 
 
@@ -80,3 +95,19 @@ def test_bad_settings(setting, write):
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="expected a readable file"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_list_of_deltas_is_short_for_a_mapping(write):
+    listed = load_recipe(write(GOOD))
+    mapped = load_recipe(write(given("{items: [{path: adapters/support, weight: 0.5}]}")))
+    assert listed == mapped and listed.deltas.mode == "merged"
+    assert [item.called for item in listed.deltas.items] == ["support"]
+
+
+def test_selections_of_a_recipe(write):
+    text = "{only: ['model.layers.*'], scale: {'*.mlp.*': 0.5}, items: [{path: a/b, name: tone, scale: {'*.0.*': -1}}]}"
+    recipe = load_recipe(write(given(text)), ["deltas.items.0.weight=2"])
+    (item,) = recipe.deltas.items
+    assert (item.called, item.weight) == ("tone", 2.0)
+    assert recipe.deltas.select.as_dict() == {"only": ["model.layers.*"], "scale": [["*.mlp.*", 0.5]]}
+    assert item.select.factor("model.layers.0.mlp.up_proj", recipe.deltas.select.factor("model.layers.0.mlp.up_proj")) == -1

@@ -70,8 +70,9 @@ def words(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes
 def merge(base: Path, deltas: list[Path], out: Path, mode: str = "auto", dtype: str | None = None, combine: Any = None) -> dict[str, Any]:
     from compiler.delta_tools import merge_reversibly
     from compiler.deltas.combine import combine_named
+    from compiler.sources import DeltaSource, Mixture
 
-    return merge_reversibly(str(base), [(str(one), 1.0) for one in deltas], combine or combine_named("linear"), dtype, out, mode, QUIET)
+    return merge_reversibly(Mixture(str(base), [DeltaSource(str(one)) for one in deltas], combine or combine_named("linear")), dtype, out, mode, QUIET)
 
 
 def back(merged: Path, out: Path, record: Path | None = None, base: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from compiler.checkpoints.resolve import open_checkpoint  # noqa: E402
 from compiler.checkpoints.write import write_checkpoint  # noqa: E402
-from compiler.deltas.load import load_delta  # noqa: E402
+from compiler.deltas.load import KINDS, load_delta  # noqa: E402
 from compiler.errors import DeltaError  # noqa: E402
 from compiler.stages.merge import merged_view  # noqa: E402
 
@@ -143,6 +144,84 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "oft embedding": ("oft", "llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "boft by number": ("boft", "llama", {"boft_block_size": 0, "boft_block_num": 2}),
 }
+
+
+@pytest.mark.parametrize("factors, size", [(2, 4), (3, 2), (2, 2)])
+def test_boft_of_several_butterfly_factors(factors: int, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PEFT trains these with a CUDA kernel that builds block-diagonal matrices; with torch's in its place its own formula runs here."""
+    from peft.tuners.boft import layer
+
+    class BlockDiagonal:
+        @staticmethod
+        def apply(blocks: Any) -> Any:
+            return torch.stack([torch.block_diag(*one) for one in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: object())
+    monkeypatch.setattr(layer, "FastBlockDiag", BlockDiagonal)
+    options = {"boft_block_size": size, "boft_n_butterfly_factor": factors, "target_modules": ["q_proj", "down_proj"]}
+    wrapped = train("llama", config_of("boft", "llama", **options), tmp_path)
+    assert wrapped.base_model.model.model.layers[0].self_attn.q_proj.boft_R["default"].shape[0] == factors
+    assert_same(ours(tmp_path), wrapped.merge_and_unload())
+
+
+TOKENS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "alone": ("llama", lambda: peft.TrainableTokensConfig(token_indices=[9, 3, 63], target_modules=["embed_tokens"])),
+    "alone gpt2": ("gpt2", lambda: peft.TrainableTokensConfig(token_indices=[0, 5], target_modules=["wte"])),
+    "alone bert": ("bert", lambda: peft.TrainableTokensConfig(token_indices=[7], target_modules=["word_embeddings"])),
+    "beside a lora": ("llama", lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 1])),
+    "by module": ("llama", lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 1], "lm_head": [2]})),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_trainable_tokens(case: str, tmp_path: Path) -> None:
+    model, config = TOKENS[case]
+    wrapped = train(model, config(), tmp_path)
+    merged = ours(tmp_path)
+    assert_same(merged, wrapped.merge_and_unload())
+    base = open_checkpoint(str(tmp_path / "base"))
+    changed = sum(int((base.tensors[name].read() != view.read()).any(-1).sum()) for name, view in merged.tensors.items() if "embed" in name or "wte" in name)
+    assert changed == len(getattr(config(), "token_indices", None) or [5, 1])
+
+
+def test_trainable_tokens_of_a_tied_model_stay_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)).eval()
+    model.save_pretrained(str(tmp_path / "base"))
+    wrapped = adapted(model, TOKENS["beside a lora"][1](), tmp_path / "delta")
+    write_checkpoint(ours(tmp_path), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out")).eval()
+    assert again.config.tie_word_embeddings is True
+    np.testing.assert_allclose(logits(again), logits(wrapped), atol=1e-5)
+
+
+def test_token_indices_that_do_not_fit(tmp_path: Path) -> None:
+    train("llama", TOKENS["alone"][1](), tmp_path)
+    path = tmp_path / "delta" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for indices, message in {
+        (9, 3): r"expected one token index for each trained row, found 2 indices, and rows \[3, 24\]",
+        (9, 9, 3): r"expected token indices of at least 0, each once, found \[9, 9, 3\]",
+        (9, 3, 64): r"expected token indices below 64, found index 64: the adapter is for a base with more tokens",
+    }.items():
+        path.write_text(json.dumps({**config, "token_indices": indices}))
+        with pytest.raises(DeltaError, match=message):
+            ours(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted(peft.PeftType))
+def test_every_type_of_peft_is_read_or_refused_by_name(kind: str, tmp_path: Path) -> None:
+    """KINDS is what is read; each other name that this PEFT knows is refused with that name, before its weights are looked at."""
+    name = str(getattr(kind, "value", kind))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": name}))
+    message = "expected adapter_model.safetensors, found none" if name in KINDS else f"found {name}; .*{name} is not built"
+    with pytest.raises(DeltaError, match=message):
+        load_delta(str(tmp_path))
+
+
+def test_every_kind_that_is_read_is_one_of_peft() -> None:
+    covered = {"LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "SHIRA", "TRAINABLE_TOKENS"}  # each has cases above
+    assert set(KINDS) == covered <= {kind.value for kind in peft.PeftType}
 
 
 @pytest.mark.parametrize("case", CASES)

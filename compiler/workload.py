@@ -1,0 +1,124 @@
+"""A model as the operators of one run: what `targets.predict` adds up and what allocation weighs.
+
+From a plan: config.json and the schemes. From exported files: config.json and the matrices that the export lists. The operators are those of
+`graph.decoder` and of the encoder road; what a run computes once (masks, rope tables, pooling) is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compiler.checkpoints.view import Checkpoint
+from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_bytes
+from targets.kernels import Case
+from targets.predict import Operator, Workload
+
+KERNELS = {"float": "MatMul", "nbits": "MatMulNBits", "stored": "MatMul", "dynamic": "DynamicQuantizeMatMul"}
+QKV = re.compile(r"(.*[._])(query|key|value|[qkv]_lin|[qkv]_proj)\.weight")
+TABLES = re.compile(r"embed|shared\.weight|wte|wpe")
+
+
+@dataclass(frozen=True)
+class MatrixUse:
+    """A stored weight matrix: shape [out, in]."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+
+    @property
+    def bytes(self) -> int:
+        return stored_bytes(self.shape, self.scheme)
+
+    def case(self, decoder: bool = True) -> Case:
+        """Its row in the kernel table. A decoder's float matrices are FusedMatMul."""
+        scheme, (out, into) = self.scheme, self.shape
+        op = "FusedMatMul" if decoder and not scheme.quantized else KERNELS[scheme.kernel]
+        bits = scheme.kernel_bits if op in ("MatMulNBits", "DynamicQuantizeMatMul") else 32
+        return Case(op, bits, (scheme.group_size or 0) if op == "MatMulNBits" else 0, into, out, scheme.symmetric)
+
+    @property
+    def resident_bytes(self) -> int:
+        """In memory once a session is open: float32 where arithmetic is float32; MatMulNBits packs a scale and a sum, float32 each, beside a block's codes."""
+        size = self.shape[0] * self.shape[1]
+        if self.scheme.kernel == "nbits" and self.scheme.group_size:
+            return size * self.scheme.kernel_bits // 8 + 8 * size // self.scheme.group_size
+        return self.bytes if self.scheme.kernel == "dynamic" else 4 * size
+
+
+def matrices(checkpoint: Checkpoint, schemes: Schemes, decoder: bool = True) -> list[MatrixUse]:
+    """The fused matrices of a model, in the order of the checkpoint: query, key and value are one, gate and up are one."""
+    found: dict[str, tuple[int, int]] = {}
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    for view in checkpoint.tensors.values():
+        if len(view.shape) != 2 or (tied and view.name == "lm_head.weight"):
+            continue
+        match = QKV.fullmatch(view.name)
+        name = matrix_name(view.name, checkpoint.config) if decoder else match[1] + "qkv" if match else view.name
+        if name is not None:
+            out, into = view.shape
+            found[name] = (found.get(name, (0, 0))[0] + out, into)
+    return [MatrixUse(name, shape, schemes.of(name)) for name, shape in found.items()]
+
+
+def workload(config: Mapping[str, Any], uses: Sequence[MatrixUse], decoder: bool) -> Workload:
+    """The operators of one run of a model. Raises ArchitectureError for a decoder that no family covers."""
+    return _decoder(config, uses) if decoder else _encoder(config, uses)
+
+
+def exported_workload(directory: Path) -> Workload:
+    """Of an exported folder or a bundle, by its own list of matrices (export.json or report.json)."""
+    listed = json.loads((directory / ("export.json" if (directory / "export.json").is_file() else "report.json")).read_text())
+    config = json.loads((directory / "config.json").read_text())
+    uses = [MatrixUse(row["name"], (row["shape"][0], row["shape"][1]), parse_scheme(row["scheme"])) for row in listed["layers"] if len(row["shape"]) == 2]
+    return workload(config, uses, listed["model"]["kind"] == "decoder")
+
+
+def _decoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
+    from compiler.graph.spec import decoder_spec
+
+    spec = decoder_spec(config)
+    layers = len(spec.layers)
+    operators = [Operator(use.case(), last=use.name == "lm_head") for use in uses if use.name != "model.embed_tokens"]
+    operators += [
+        Operator(Case("GroupQueryAttention", 32, spec.head_size, spec.q_width, spec.kv_width), layers),
+        Operator(Case("SkipSimplifiedLayerNormalization", 32, 0, spec.hidden, 1), 2 * layers),
+        Operator(Case("Split", 32, 0, 2 * spec.intermediate, 1), layers),
+        Operator(Case("QuickGelu", 32, 0, spec.intermediate, 1), layers),
+        Operator(Case("Mul", 32, 0, spec.intermediate, 1), layers),
+    ]
+    # the lookup of a tied table keeps the codes beside the head's packed ones
+    table = sum(use.bytes for use in uses if use.name == "lm_head" and spec.tied and use.scheme.quantized)
+    return Workload(
+        "decoder",
+        tuple(operators),
+        stored_bytes=sum(use.bytes for use in uses),
+        resident_bytes=sum(use.resident_bytes for use in uses) + table,
+        cache_bytes=8 * spec.kv_width * layers,
+        activation_bytes=4 * (2 * spec.hidden + 4 * spec.intermediate + spec.q_width),
+    )
+
+
+def _encoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
+    def size(*names: str) -> int:
+        return int(next(config[name] for name in names if name in config))
+
+    hidden, heads, layers = size("hidden_size", "dim"), size("num_attention_heads", "n_heads"), size("num_hidden_layers", "n_layers")
+    inner = size("intermediate_size", "hidden_dim")
+    linear = [use for use in uses if not TABLES.search(use.name)]
+    per_row = [use for use in linear if re.search(r"pooler|classifier|head", use.name)]
+    operators = [Operator(use.case(decoder=False), last=use in per_row) for use in linear]
+    operators += [
+        Operator(Case("MultiHeadAttention", 32, hidden // heads, hidden, hidden), layers),
+        Operator(Case("SkipLayerNormalization", 32, 0, hidden, 1), 2 * layers + 2),  # the embeddings are added and normalised too
+        Operator(Case("Split", 32, 0, 3 * hidden, 1), layers),
+        Operator(Case("BiasGelu", 32, 0, inner, 1), layers),
+    ]
+    resident = sum(use.bytes if TABLES.search(use.name) else use.resident_bytes for use in uses)
+    stored = sum(use.bytes for use in uses)
+    return Workload("encoder", tuple(operators), stored, resident, activation_bytes=4 * (4 * hidden + 2 * inner))
