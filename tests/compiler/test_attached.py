@@ -52,7 +52,7 @@ def test_two_tenants_over_one_base_are_judged_published_and_run(trimtab, recipe,
     rows = {row["name"]: row for row in manifest["model"]["adapters"]}
     assert set(rows) == {"support", "sales"} and all(files[row["file"]]["bytes"] == row["bytes"] for row in rows.values())
     assert [row["name"] for row in manifest["lineage"]["deltas"]] == ["support", "sales"]
-    decided = {row["name"]: row["outcome"] for row in report["verdict"]["checks"] if row["limit"] is not None}
+    decided = {row["name"]: row["outcome"] for row in report["verdict"]["checks"] if row["limit"] is not None and row["kind"] == "limit"}
     assert decided == dict.fromkeys(("size_mb", "kl_mean@support", "kl_mean@sales", "tpot_p50_ms"), "PASS")
     assert {row["metric"] for row in report["task"]} == {"exact_match@support", "exact_match@sales"}
     assert "adapter support" in next(row["note"] for row in report["verdict"]["checks"] if row["name"] == "tpot_p50_ms")

@@ -20,6 +20,7 @@ from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.evaluation import faithful
 from compiler.graph.decoder import export_decoder
 from compiler.graph.encoder import export_encoder
+from compiler.graph.encoder_rewrite import add_constant, insert
 from compiler.reference import model_class_of, reference_model
 from compiler.scheme import Schemes, parse_scheme
 
@@ -47,7 +48,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}, "text-generation", "int8-g16-asym"),
     "granite": ("granite", {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 6.0}, "text-generation", "int4-g32-asym"),
     "phi3": ("phi3", {}, "text-generation", "fp16"),
-    "bert": ("bert", {}, "feature-extraction", "int8"),
     "bert-dynamic": ("bert", {}, "feature-extraction", "int8-dynamic"),
     "roberta": ("roberta", {**SPECIAL, "type_vocab_size": 1}, "text-classification", "int4-g32-asym"),
     "distilbert": (
@@ -202,6 +202,15 @@ def split_swapped(graph: Graph, node: ir.Node) -> None:
 
 
 PARTS = ("codes", "scales", "zero_points", "bias")
+
+
+def last_token_before(graph: Graph) -> None:
+    """The logits of the token before the last."""
+    one = add_constant(graph.model.graph, "one_too_few", np.array(1, np.int64))
+    before = insert(graph.node("/last_token/index"), "Sub", [graph.node("/last_token/here").outputs[0], one])
+    graph.rewire(graph.node("/last_token/index"), 0, before.outputs[0])
+
+
 LAYER = "model.layers.1"
 Fault = Callable[[Graph], None]
 
@@ -217,11 +226,11 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "epsilon of one norm": ("llama", lambda g: g.attribute(g.node("/layers.1/norm_2"), "epsilon", 1e-3)),
     "epsilon of the first norm": ("llama", lambda g: g.attribute(g.node("/layers.0/norm_0"), "epsilon", 1e-4)),
     "mask off by one": ("llama", lambda g: g.rewire(g.node("/positions/seqlens"), 0, g.node("/positions/valid").outputs[0])),
-    "last token off by one": ("llama", lambda g: g.rewire(g.node("/last_token/indices"), 0, g.node("/last_token/past").outputs[0])),
+    "last token off by one": ("llama", last_token_before),
     "rope base": ("llama", lambda g: g.change("/rope.0/inv_freq_0", lambda a: 5000.0 ** (-np.arange(a.size) / a.size).reshape(a.shape))),
     "rope frequencies reversed": ("llama", lambda g: g.change("/rope.0/inv_freq_0", lambda a: a[..., ::-1])),
     "rope left out": ("llama", lambda g: g.attribute(g.node("/layers.1/attn/gqa"), "do_rotary", 0)),
-    "cosine for sine": ("llama", lambda g: g.rewire(g.node("/rope.0/sin"), 0, g.node("/rope.0/column_0").outputs[0])),
+    "cosine for sine": ("llama", lambda g: g.rewire(g.node("/layers.1/attn/gqa"), 8, g.node("/rope.0/cos").outputs[0])),
     "attention scale": ("llama", lambda g: g.attribute(g.node("/layers.1/attn/gqa"), "scale", 0.2)),
     "heads of the output transposed": ("llama", lambda g: everywhere(g, f"{LAYER}.attn.o_proj", lambda a: a[:, ::-1] if a.ndim > 1 and a.shape[1] > 1 else -a)),
     "queries of two heads swapped": ("llama", lambda g: everywhere(g, f"{LAYER}.attn.qkv_proj", blocks_swapped(0, 16))),
@@ -241,14 +250,14 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "window off by one": ("mistral", lambda g: g.attribute(g.node("/layers.1/attn/gqa"), "local_window_size", 6)),
     "window left out": ("mistral", lambda g: g.attribute(g.node("/layers.0/attn/gqa"), "local_window_size", -1)),
     "norms of queries and keys swapped": ("qwen3", lambda g: g.swap(f"{LAYER}.self_attn.q_norm.weight", f"{LAYER}.self_attn.k_norm.weight")),
-    "norm over the wrong number of heads": ("qwen3", lambda g: g.attribute(g.node("/layers.1/attn/q_norm"), "num_branches", 2)),
+    "epsilon of the norm of queries": ("qwen3", lambda g: g.attribute(g.node("/layers.1/attn/q_norm"), "epsilon", 0.1)),
     "matrix transposed": ("qwen3", lambda g: g.change(f"{LAYER}.attn.o_proj.weight", lambda a: np.ascontiguousarray(a.T).reshape(a.shape))),
     "norm without its offset": ("gemma3", lambda g: g.change(f"{LAYER}.input_layernorm.weight", lambda a: a - 1.0)),
     "embedding scale left out": ("gemma3", lambda g: g.change("embedding_scale", lambda a: np.ones_like(a))),
     "residual scale left out": ("granite", lambda g: g.change(f"{LAYER}.attn.o_proj.scales", scaled(1 / 0.3))),
     "logits scale left out": ("granite", lambda g: g.change("model.norm.weight", scaled(4.0))),
     "halves of a fused matrix swapped": ("phi3", lambda g: g.change(f"{LAYER}.mlp.gate_up_proj.weight", blocks_swapped(0, 96))),
-    "encoder: epsilon": ("roberta", lambda g: g.attribute(g.typed("SkipLayerNormalization", 1), "epsilon", 1e-3)),
+    "encoder: epsilon": ("roberta", lambda g: g.attribute(g.typed("SkipLayerNormalization", 1), "epsilon", 1e-2)),
     "encoder: number of heads": ("roberta", lambda g: g.attribute(g.typed("MultiHeadAttention"), "num_heads", 2)),
     "encoder: bias of the activation dropped": ("roberta", lambda g: g.change(g.typed("BiasGelu").inputs[1].name, scaled(0.0))),
     "encoder: queries for keys": ("roberta", lambda g: split_swapped(g, g.typed("Split"))),
