@@ -88,7 +88,7 @@ class Subject:
         self.bundle, self.threads = bundle, threads or usable_cores()
         graph = bundle.model_path.read_bytes()
         self.twin = ACCURACY in graph  # a graph without MatMulNBits is its own exact twin
-        self.rounds = self.twin or b"DynamicQuantizeMatMul" in graph
+        self.rounds = self.twin or any(name in graph for name in (b"DynamicQuantizeMatMul", b"MatMulIntegerToFloat"))
         self._open = cache(self._opened)
 
     def opened(self, settings: SessionSettings) -> Any:

@@ -24,9 +24,10 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.evaluation.encoder import pool
-from compiler.graph.encoder_quantize import dequantize_channels, quantize_channels
+from compiler.graph.encoder_quantize import dequantize_channels, quantize_pairs
 from compiler.graph.passes import float_activations
 from compiler.quantizers import affine
+from compiler.reference import canonical
 from compiler.scheme import Scheme, matrix_name, parse_scheme
 from runtimes.adapters import Adapters
 from runtimes.behaviours import EXACT, difference, probes
@@ -40,26 +41,35 @@ STEPS = 3
 BLOCK_ELEMENTS = 1 << 17
 
 Made = Callable[[str], np.ndarray | None]
+Wide = Mapping[str, np.ndarray]
 Layers = Sequence[Mapping[str, Any]]  # rows of export.json: name, scheme
 
 
-def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any], made: Made | None = None) -> Any:
+def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any], made: Made | None = None, wide: Wide | None = None) -> Any:
     """The torch model with every stored tensor as its scheme leaves it, in place; returns it.
 
     layers, facts  of export.json: name and scheme of each matrix; kind and default scheme of the model
+    wide           input channels that stay float, by matrix (`wide_inputs`)
     made           float32 [out, in] of the fused matrices that a calibrated quantizer made; None, or None for a name: round to nearest
     """
     places: dict[str, int] = {}  # rows of a fused matrix that are taken; parameters come in its order: q, k, v; gate, up
     schemes = {part: parse_scheme(row["scheme"]) for row in layers for part in str(row["name"]).split("+")}
     halved = facts["kind"] == "encoder" and facts["scheme"] == "fp16"  # an encoder's norms and positions are float16 too
-    for name, parameter in model.named_parameters():
+    kept = wide or {}
+    prefix = str(getattr(model, "base_model_prefix", "") or "") if facts["kind"] == "encoder" else ""
+    for full, parameter in model.named_parameters():
+        name = canonical(full, prefix)  # encoders' rows are named without the base model's prefix
         fused = matrix_name(name, config) or name
         scheme = schemes.get(name) or schemes.get(fused) or (schemes.get("lm_head") if fused == "model.embed_tokens" else None)
         if scheme is None:
             scheme = Scheme(16) if halved and not name.endswith("bias") else Scheme()
         weight = parameter.data.numpy()
         stored = made(fused) if made is not None and weight.ndim == 2 else None
-        if stored is None:
+        if stored is None and scheme.kernel == "rows":
+            rest = weight.copy()
+            rest[:, kept[name]] = 0
+            weight -= rest - dequantize_channels(*quantize_pairs(rest.copy()))
+        elif stored is None:
             round_through(weight, scheme)
         else:
             start = places.get(fused, 0)
@@ -68,12 +78,24 @@ def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Ma
     return model
 
 
+def wide_inputs(directory: Path) -> dict[str, np.ndarray]:
+    """Tensor -> indices of the input channels that an exported graph multiplies in float (`encoder_rows`): Gather(x, indices) -> Gemm with `NAME_wide`."""
+    found: dict[str, np.ndarray] = {}
+    for node in ir.load(directory / "model.onnx").graph:
+        weight = node.inputs[1] if node.op_type == "Gemm" and len(node.inputs) > 1 else None
+        picked = node.inputs[0].producer() if weight is not None and node.inputs[0] is not None else None
+        if weight is not None and str(weight.name).endswith("_wide") and picked is not None and picked.inputs[1] is not None:
+            indices = picked.inputs[1].const_value
+            found |= {part: indices.numpy() for part in str(weight.name).removesuffix("_wide").split("+") if indices is not None}
+    return found
+
+
 def round_through(weight: np.ndarray, scheme: Scheme) -> None:
     """float32 [rows, width] -> the same array with what `scheme` stores of it."""
     if scheme.bits == 16:
         weight[...] = weight.astype(np.float16)
     elif scheme.kernel == "dynamic":
-        weight[...] = dequantize_channels(*quantize_channels(weight))
+        weight[...] = dequantize_channels(*quantize_pairs(weight.copy()))
     elif scheme.quantized:
         step = max(1, BLOCK_ELEMENTS // weight.shape[1])
         blocks = [weight[start : start + step] for start in range(0, len(weight), step)]

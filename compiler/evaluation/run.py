@@ -95,7 +95,11 @@ class Exported:
 
     def weights_of(self, reference: Any, config: Mapping[str, Any]) -> Any:
         """The torch model with the weights that these files store, in place."""
-        return faithful.see_through(reference, self.summary["layers"], self.model, config, self.made if self.codes else None)
+        return faithful.see_through(reference, self.summary["layers"], self.model, config, self.made if self.codes else None, self.wide)
+
+    @property
+    def wide(self) -> dict[str, Any]:
+        return faithful.wide_inputs(self.directory) if self.model["kind"] == "encoder" else {}
 
     def made(self, name: str) -> Any:
         """float32 [out, in] of a matrix whose codes a calibrated quantizer made; None for others."""

@@ -39,13 +39,22 @@ def all_logits(model_path: Path, out_path: Path) -> None:
 
 
 def float_activations(model: ir.Model) -> int:
-    """Replace DynamicQuantizeMatMul by DequantizeLinear, MatMul and Add: the same weights, activations in float32. Returns how many there were.
+    """Replace DynamicQuantizeMatMul and MatMulIntegerToFloat by DequantizeLinear and MatMul: the same weights, activations in float32. Returns how many.
 
-    requires  weights [in, out] with one scale a column and no zero point, as `encoder_quantize` writes them
+    requires  weights [in, out] with one scale a column and no zero point, as `encoder_quantize` writes them; codes from a QuantizeLinear (`encoder_rows`)
     ensures   no operator rounds an activation
     """
-    found = [node for node in model.graph if node.op_type == "DynamicQuantizeMatMul"]
+    found = [node for node in model.graph if node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")]
     for node in found:
+        if node.op_type == "MatMulIntegerToFloat":
+            quantized = node.inputs[0].producer() if node.inputs[0] is not None else None
+            if quantized is None or quantized.op_type != "QuantizeLinear":
+                raise ValueError(f"{node.name}: its codes come from no QuantizeLinear")
+            widened = insert(node, "DequantizeLinear", [node.inputs[1], node.inputs[3]], axis=1)
+            new = insert(node, "MatMul", [quantized.inputs[0], widened.outputs[0]])
+            replace(node.outputs[0], new.outputs[0])
+            model.graph.remove(node, safe=True)
+            continue
         source, codes, scales, _, *rest = [*node.inputs, None, None][:5]
         widened = insert(node, "DequantizeLinear", [codes, scales], axis=1)
         new = insert(node, "MatMul", [source, widened.outputs[0]])

@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}, "text-generation", "int8-g16-asym"),
     "granite": ("granite", {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 6.0}, "text-generation", "int4-g32-asym"),
     "phi3": ("phi3", {}, "text-generation", "fp16"),
+    "bert": ("bert", {}, "feature-extraction", "int8"),
     "bert-dynamic": ("bert", {}, "feature-extraction", "int8-dynamic"),
     "roberta": ("roberta", {**SPECIAL, "type_vocab_size": 1}, "text-classification", "int4-g32-asym"),
     "distilbert": (
@@ -98,7 +99,7 @@ def export(name: str, folder: Path) -> Healthy:
     else:
         done = export_encoder(source, parse_scheme(scheme), folder, task=task)
         rows, facts = done.matrices, {"kind": "encoder", "scheme": scheme, "max_length": done.max_length, "pooling": done.pooling, "normalize": done.normalize}
-    model = faithful.see_through(reference_model(source, task), [asdict(row) for row in rows], facts, source.config)
+    model = faithful.see_through(reference_model(source, task), [asdict(row) for row in rows], facts, source.config, None, faithful.wide_inputs(folder))
     return Healthy(folder, facts, model)
 
 
@@ -257,9 +258,9 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "residual scale left out": ("granite", lambda g: g.change(f"{LAYER}.attn.o_proj.scales", scaled(1 / 0.3))),
     "logits scale left out": ("granite", lambda g: g.change("model.norm.weight", scaled(4.0))),
     "halves of a fused matrix swapped": ("phi3", lambda g: g.change(f"{LAYER}.mlp.gate_up_proj.weight", blocks_swapped(0, 96))),
-    "encoder: epsilon": ("roberta", lambda g: g.attribute(g.typed("SkipLayerNormalization", 1), "epsilon", 1e-2)),
+    "encoder: epsilon": ("roberta", lambda g: g.attribute(g.typed("LayerNormalization", 1), "epsilon", 1e-2)),
     "encoder: number of heads": ("roberta", lambda g: g.attribute(g.typed("MultiHeadAttention"), "num_heads", 2)),
-    "encoder: bias of the activation dropped": ("roberta", lambda g: g.change(g.typed("BiasGelu").inputs[1].name, scaled(0.0))),
+    "encoder: bias of the activation dropped": ("roberta", lambda g: g.change(g.typed("MatMulNBits", 2).inputs[5].name, scaled(0.0))),
     "encoder: queries for keys": ("roberta", lambda g: split_swapped(g, g.typed("Split"))),
     "encoder: scales of another layer": (
         "roberta",
