@@ -80,7 +80,8 @@ class Sources:
         """What determines the merged weights: contents and parameters, no names or paths."""
         record = self.merge.record()
         deltas = [{key: row[key] for key in IDENTITY} for row in record["deltas"]]
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"]}
+        tokenizer = {"tokenizer": record["tokenizer"]} if record["tokenizer"] else {}
+        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], **tokenizer}
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
