@@ -8,7 +8,7 @@ called, and layers that are shared or run in another order (ALBERT), have depth 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,25 +67,31 @@ class Resumable:
 
     def _record(self, inputs: dict[str, Any]) -> Any:
         outputs: list[Any] = []
-        depths: dict[int, int] = {}
         order: list[int] = []
+        depths: dict[int, int] = {}
 
-        def entered(ids: Sequence[int]) -> Any:
-            return lambda *_: [depths.setdefault(one, len(outputs)) for one in ids] and None
+        def enters(ids: Sequence[int]) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                for one in ids:
+                    depths.setdefault(one, len(outputs))
 
-        hooks = [module.register_forward_pre_hook(entered(ids)) for module, ids in self._owners]
-        hooks += [
-            layer.register_forward_hook(lambda _m, _i, output, place=place: order.append(place) or outputs.append(output))
-            for place, layer in enumerate(self._layers)
-        ]
+            return hook
+
+        def leaves(place: int) -> Callable[..., None]:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                order.append(place)
+                outputs.append(output)
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(enters(ids)) for module, ids in self._owners]
+        hooks += [layer.register_forward_hook(leaves(place)) for place, layer in enumerate(self._layers)]
         try:
             result = self._model(**inputs)
         finally:
-            for hook in hooks:
-                hook.remove()
-        if order != list(range(len(self._layers))):
-            depths = {}
-        self._depths.append(depths)
+            for one in hooks:
+                one.remove()
+        self._depths.append(depths if order == list(range(len(self._layers))) else {})
         starts = {self._start(-1, group) for group in self._groups}
         self._held.append({start: outputs[start - 1] for start in starts if start})
         return result

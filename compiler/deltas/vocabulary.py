@@ -150,6 +150,8 @@ def token_count(content: bytes, place: str) -> int:
 
 def _tokenizer(base: Checkpoint, deltas: Sequence[Delta], rows: tuple[int, int], growing: Sequence[str]) -> tuple[Mapping[str, bytes] | None, tuple[str, ...]]:
     """(the files of the tokenizer that a delta brings, or None, notes)."""
+    if not growing and not any(TOKENIZER in delta.assets for delta in deltas):
+        return None, ()  # the base's own is not looked at: out of a GGUF it has to be made
     own = base.assets.get(TOKENIZER)
     held = token_count(own, base.origin) if own and any(delta.assets.get(TOKENIZER, own) != own for delta in deltas) else 0
     found: dict[bytes, Delta] = {}

@@ -50,7 +50,10 @@ def test_set_lays_values_over_the_file(write):
 BAD = {
     "unknown key": (GOOD + "quantise: int4\n", r"recipe.yaml: quantise: expected one of .* found unknown key 'quantise'; did you mean 'quantize'\?"),
     "unknown nested key": (GOOD.replace("weight: 0.5", "wieght: 0.5"), r"deltas.0.wieght: .*did you mean 'weight'\?"),
-    "name twice": (GOOD.replace("    weight: 0.5", "    name: a\n  - {path: other/support, name: A}"), r"deltas: expected a name of its own for each delta, found 'a' twice"),
+    "name twice": (
+        GOOD.replace("    weight: 0.5", "    name: a\n  - {path: other/support, name: A}"),
+        r"deltas: expected a name of its own for each delta, found 'a' twice",
+    ),
     "bad delta name": (GOOD.replace("weight: 0.5", "name: a/b"), r"deltas.0.name: expected"),
     "attached": (given("{mode: attached}"), r"deltas.mode: .*items to attach"),
     "unknown key of deltas": (
