@@ -203,3 +203,12 @@ def test_two_deltas_that_add_rows(tmp_path: Path) -> None:
     tokenizer(tmp_path / "plain", ROWS + 1)
     with pytest.raises(DeltaError, match=r"expected one tokenizer with added tokens, found two that differ; merge them apart"):
         plan(tmp_path, "delta", "plain")
+
+
+def test_an_attached_delta_with_added_tokens_is_refused(tmp_path: Path) -> None:
+    from compiler.attached import tenants
+
+    train(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
+    sources = Mixture(str(tmp_path / "base"), [DeltaSource(str(tmp_path / "delta"), name="a")], attached=True).open()
+    with pytest.raises(DeltaError, match=r"expected a delta without added tokens: attached ones share .*, found 3 token rows added by .*; merge it"):
+        tenants(sources)
