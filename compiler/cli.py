@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from compiler.cli_bench import bench_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -306,5 +307,6 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
+cli.add_command(bench_command)
 cli.add_command(delta_group)
 cli.add_command(targets_group)
