@@ -59,7 +59,7 @@ def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, 
         return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
     from compiler.graph.encoder import infer_task
 
-    if schemes.default.kernel == "nbits" and (schemes.default.shift or schemes.default.half_scales):
+    if schemes.default.kernel in ("nbits", "rows") and (schemes.default.shift or schemes.default.half_scales):
         raise RecipeError(
             "quantize.scheme", expected="4 or 8 bits with float32 scales for an encoder", found=str(schemes.default), remedy="use int4-g32 or int8"
         )
