@@ -6,7 +6,7 @@ Storage by scheme, for a matrix [n, k] with g = ceil(k / group_size) groups:
     nbits   codes uint8 [n, g, group_size * bits / 8], scales float32 [n, g], zero points uint8 [n, ceil(g * bits / 8)] if asymmetric;
             with other bits than 4 and 8 the codes lie in planes (compiler.quantizers.pack), and half scales are float16:
             nodes of constants alone make the kernel's tensors of them, and onnxruntime folds those when it loads
-    rows    codes int8 [k, n], scales float32 [n]
+    tokens  codes int8 [k, n], scales float32 [n]
     fp32    float32 [n, k] as the checkpoint has it: FusedMatMul(transB=1) reads it without a transpose, and a tied lookup shares it
     fp16    float16 [n, k]; a Cast that onnxruntime folds when it loads
 """
@@ -104,7 +104,7 @@ class WeightWriter:
             stored_bias = self.data.add(f"{name}.bias", np.concatenate(parts) * np.float32(scale))
         n = sum(sources.values())
         blocks = self._blocks(name, views, scale)
-        if scheme.kernel == "rows":
+        if scheme.kernel == "tokens":
             tensors = self._by_row(name, (n, k), blocks)
         elif scheme.quantized:
             tensors = self._quantized(name, (n, k), scheme, self._packed(name, scheme, blocks, scale))
@@ -183,7 +183,7 @@ class WeightWriter:
         graph = self.graph
         bias = None if matrix.bias is None else graph.initializer(matrix.bias)
         scheme = matrix.scheme
-        if scheme.kernel == "rows":
+        if scheme.kernel == "tokens":
             y = self._times_rows(node, x, matrix)
             return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
         if scheme.quantized:

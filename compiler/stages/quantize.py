@@ -48,7 +48,7 @@ def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
             block = view.rows(start, stop)
             if scheme.bits == 16:
                 return block.astype(np.float16).astype(np.float32)
-            if scheme.kernel == "rows":
+            if scheme.kernel == "tokens":
                 return dequantize_rows(*quantize_rows(block))
             return affine.dequantize(affine.quantize(block, scheme))
 
