@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compiler.cli_parts import AS_JSON, OUT, finish, print_json, progress
+from compiler.cli_parts import AS_JSON, OUT, finish, one_blas_thread, print_json, progress
 
 
 @click.group("delta")
@@ -32,6 +32,7 @@ def inspect_command(path: str, base: str | None, picture: Path | None, as_json: 
     Example:
       trimtab delta inspect adapters/a --base models/base --plot energy.svg
     """
+    one_blas_thread()
     from compiler.delta_tools import inspect_delta
 
     found = inspect_delta(path, base, picture)
@@ -89,19 +90,22 @@ def _interval(metric: dict[str, Any]) -> str:
 @click.argument("new")
 @click.option("--error", type=click.FloatRange(0, 1), default=1e-5, show_default=True, help="What low rank may leave, relative to each difference's norm.")
 @click.option("--max-rank", type=click.IntRange(1), default=64, show_default=True, help="Largest rank to look for.")
+@click.option("--activations", metavar="TEXT|builtin", help="Choose the rank for the error of outputs: run OLD on this text (`builtin`: ours) first.")
 @click.option("--form", type=click.Choice(["lora", "sparse", "diff"]), help="Write this form; default: the smallest.")
 @OUT
 @AS_JSON
-def diff_command(old: str, new: str, error: float, max_rank: int, form: str | None, out: Path, as_json: bool) -> None:
+def diff_command(old: str, new: str, error: float, max_rank: int, out: Path, as_json: bool, **how: Any) -> None:
     """Write the smallest delta that turns OLD into NEW: LoRA, sparse or whole differences.
 
     \b
     Example:
       trimtab delta diff models/base models/tuned --out adapters/tuned
+      trimtab delta diff models/base models/tuned --error 0.05 --activations builtin --form lora --out adapters/tuned
     """
-    from compiler.delta_tools import diff_checkpoints
+    one_blas_thread()
+    from compiler.delta_tools import DiffOptions, diff_checkpoints
 
-    finish(diff_checkpoints(old, new, out, error, max_rank, form, progress(as_json)), as_json)
+    finish(diff_checkpoints(old, new, out, DiffOptions(error, max_rank, **how), progress(as_json)), as_json)
 
 
 @delta_group.command("rollback")

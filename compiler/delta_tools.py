@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compiler.checkpoints.files import beside
 from compiler.checkpoints.resolve import locate, open_checkpoint
+from compiler.checkpoints.view import Checkpoint
 from compiler.checkpoints.write import write_checkpoint
 from compiler.deltas import extract, rollback, survey
 from compiler.deltas.load import load_delta
@@ -18,6 +22,7 @@ from compiler.evaluation.data import load_rows
 from compiler.progress import Progress
 from compiler.recipe import Recipe
 from compiler.record import Stopwatch, peak_rss_mb
+from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture, mixture_of
 from compiler.stages import export as export_stage
 from compiler.store import writing
@@ -113,13 +118,35 @@ def ablate_recipe(recipe: Recipe, by: str, limit_rows: int | None, picture: Path
     return {"recipe": recipe.name, **found, "data": data.origin, "lineage": sources.lineage, "seconds": round(watch.seconds, 2)}
 
 
-def diff_checkpoints(old: str, new: str, out: Path, error: float, most: int, form: str | None, progress: Progress) -> dict[str, Any]:
-    """`trimtab delta diff`: the smallest delta from `old` to `new` (compiler.deltas.extract); `form` asks for one. Raises DeltaError, OutputError."""
-    watch = Stopwatch()
+@dataclass(frozen=True)
+class DiffOptions:
+    """How to look for a delta. most: rank. form: of the result, None for the smallest. activations: `builtin`, a file of text, or None: plain norms."""
+
+    error: float = 1e-5
+    most: int = 64
+    form: str | None = None
+    activations: str | None = None
+
+
+def _input_rms(before: Checkpoint, activations: str | None, progress: Progress) -> dict[str, np.ndarray] | None:
+    if activations is None:
+        return None
+    from compiler.activations import input_rms
+
+    data = load_rows(None if activations == "builtin" else Path(activations))
+    with progress.stage("run", f"{before.origin} on {data.origin}"):
+        task = str(export_stage.resolve_options(before, Schemes(parse_scheme("fp32")), None, None)["task"])
+        return input_rms(before, data, task)
+
+
+def diff_checkpoints(old: str, new: str, out: Path, options: DiffOptions, progress: Progress) -> dict[str, Any]:
+    """`trimtab delta diff`: the smallest delta from `old` to `new` (compiler.deltas.extract). Raises DeltaError, OutputError."""
+    watch, form, most = Stopwatch(), options.form, options.most
     before, after = open_checkpoint(old), open_checkpoint(new)
+    rms = _input_rms(before, options.activations, progress)
     with publishing(out) as work:
         with progress.stage("compare", f"{old} and {new}"):
-            found = extract.differences(before, after, error, most, progress.update)
+            found = extract.differences(before, after, options.error, most, progress.update, rms)
         best, sizes = extract.smallest(found)
         if form and form not in sizes:
             raise DeltaError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import ANY, Delta, Edit, wrong_delta
-from compiler.deltas.names import HEADS, STORED_INPUT_FIRST, Names
+from compiler.deltas.names import EMBEDDINGS, HEADS, STORED_INPUT_FIRST, Names
 from compiler.deltas.select import EVERYTHING, Selection, module_of
 from compiler.errors import DeltaError
 
@@ -83,6 +83,13 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
             continue
         shape = _tensor(base, names, name).shape
         transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
+        if transposed is None and edit.replaces and name.endswith((*EMBEDDINGS, *HEADS)) and edit.shape[1:] == shape[1:] and edit.shape[0] > shape[0]:
+            raise wrong_delta(
+                f"{delta.origin}: {edit.target}",
+                f"the {shape[0]} rows of {base.origin}",
+                f"{edit.shape[0]} rows: the adapter was trained with {edit.shape[0] - shape[0]} added tokens, which are not built",
+                "resize the base's embeddings and tokenizer as in training, save it, and compile with that base",
+            )
         if transposed is None:
             raise wrong_delta(
                 f"{delta.origin}: {edit.target}",

@@ -6,7 +6,8 @@ smallest rank r whose best approximation leaves at most
     max(error * |D|, u * |W|)     Frobenius norms; W the new tensor, u = 2^-24 where it is stored in 32 bits, else 0
 
 (the second term: entries of W were rounded when they were stored, so D carries that noise and no rank explains it; at 16
-bits the rounding is as large as real deltas are, so it is never taken for noise). Three forms are compared by their bytes:
+bits the rounding is as large as real deltas are, so it is never taken for noise). Given the rms of each layer's inputs, D and W are taken times it,
+so the bound is one on the outputs (compiler.activations). Three forms are compared by their bytes:
 
     lora     B A of rank r where 4 r (n + m) bytes are fewer than the tensor, other tensors whole, as PEFT stores them
     sparse   position and difference of every entry that changed
@@ -31,7 +32,7 @@ from compiler.checkpoints.safetensors import FLOATS, STORED
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.base import wrong_delta
 from compiler.deltas.names import EMBEDDINGS, HEADS, STORED_INPUT_FIRST, Names
-from compiler.deltas.spectrum import Spectrum, spectrum
+from compiler.deltas.spectrum import Spectrum, beyond, spectrum
 
 FORMAT = {"format": "trimtab-delta", "version": "1"}  # metadata of our own files, as compiler.deltas.sparse and diff read them
 LOOKUPS = (*EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight")  # 2-D, and no matrix product
@@ -53,11 +54,20 @@ class Difference:
     allowed: float
     rank: int | None = None
     error: float = 0.0  # relative, of the low-rank form
+    rms: np.ndarray | None = None  # of the inputs, float64 [in]; None: the plain Frobenius norm
+    turned: bool = False  # stored [in, out]
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Rows of new - old, float32."""
         block = self.new.rows(first, stop)
         return block if self.old is None else block - self.old.rows(first, stop)
+
+    def weighted(self, first: int, stop: int) -> np.ndarray:
+        """The same rows in the norm that the rank is chosen in: times the rms of the inputs, float64 where there is one."""
+        block = self.rows(first, stop)
+        if self.rms is None:
+            return block
+        return np.asarray(block * (self.rms[first:stop, None] if self.turned else self.rms))
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(flat index of the first entry, flat difference)."""
@@ -83,8 +93,12 @@ class Difference:
         return STORED["I32" if self.new.size < 1 << 31 else "I64"]
 
 
-def differences(old: Checkpoint, new: Checkpoint, error: float, most: int, update: Update | None = None) -> list[Difference]:
-    """What differs, measured. Raises DeltaError: a tensor that only the base has, another shape, values that are not finite, or no difference at all."""
+def differences(
+    old: Checkpoint, new: Checkpoint, error: float, most: int, update: Update | None = None, rms: Mapping[str, np.ndarray] | None = None
+) -> list[Difference]:
+    """What differs, measured. rms: of the inputs of old's linear layers (compiler.activations), for a rank chosen by the error of outputs.
+
+    Raises DeltaError: a tensor that only the base has, another shape, values that are not finite, or no difference at all."""
     names = Names(old.tensors, str(old.config.get("model_type")))
     pairs = {(names.find(name) or name): view for name, view in new.tensors.items()}
     gone = [name for name in old.tensors if name not in pairs and not (name in HEADS and new.config.get("tie_word_embeddings", True))]
@@ -92,7 +106,8 @@ def differences(old: Checkpoint, new: Checkpoint, error: float, most: int, updat
         raise wrong_delta(new.origin, f"every tensor of {old.origin}", f"no {gone[0]} ({len(gone)} missing)", "a delta cannot remove tensors")
     found = []
     for number, (name, view) in enumerate(pairs.items(), 1):
-        one = _measure(name, old.tensors.get(name), view, error, most)
+        turned = old.config.get("model_type") in STORED_INPUT_FIRST and name not in HEADS
+        one = _measure(Difference(name, old.tensors.get(name), view, 0, 0.0, 0.0, rms=(rms or {}).get(name), turned=turned), error, most)
         if one:
             found.append(one)
         if update:
@@ -102,11 +117,12 @@ def differences(old: Checkpoint, new: Checkpoint, error: float, most: int, updat
     return found
 
 
-def _measure(name: str, old: TensorView | None, new: TensorView, error: float, most: int) -> Difference | None:
+def _measure(one: Difference, error: float, most: int) -> Difference | None:
+    name, old, new = one.name, one.old, one.new
     if old is not None and old.shape != new.shape:
         remedy = "a delta changes values: bring both to one shape first (for a grown vocabulary, resize the base's embedding)"
         raise wrong_delta(name, f"shape {list(old.shape)} as in the base", f"{list(new.shape)}", remedy)
-    one, changed, energy, size = Difference(name, old, new, 0, 0.0, 0.0), 0, 0.0, 0.0
+    changed, energy, size = 0, 0.0, 0.0
     for first, block in one.blocks():
         changed += int(np.count_nonzero(block))
         energy += float(np.sum(np.square(block, dtype=np.float64)))
@@ -117,17 +133,37 @@ def _measure(name: str, old: TensorView | None, new: TensorView, error: float, m
         return None
     norm = math.sqrt(energy)
     allowed = max(error * norm, 2.0**-24 * math.sqrt(size))
-    measured = Difference(name, old, new, changed, norm, allowed)
+    measured = replace(one, changed=changed, norm=norm, allowed=allowed)
     if old is None or len(new.shape) != 2 or new.dtype not in FLOATS:
         return measured
+    return _ranked(measured, error, most)
+
+
+def _ranked(measured: Difference, error: float, most: int) -> Difference:
+    """The same with its smallest rank, where one of at most `most` will do."""
+    new, norm, allowed = measured.new, measured.norm, measured.allowed
+    if measured.rms is not None:  # the outputs' norm takes the place of the weights'; the noise of float32 grows with the largest input at most
+        noise = (allowed if allowed > error * norm else 0.0) * float(measured.rms.max())
+        norm = _weighted_norm(measured)
+        allowed = max(error * norm, noise)
+        measured = replace(measured, norm=norm, allowed=allowed)
     n, m = new.shape
     most = min(most, (n * m - 1) // (n + m))  # beyond it the tensor itself is smaller
+    if most > 0 and beyond(measured.weighted, (n, m), most, allowed):
+        return measured
     for guess in sorted({min(most, FIRST_GUESS), most} - {0}):  # most adapters have a small rank, and a small sketch is quick
-        found = spectrum(measured.rows, (n, m), guess, allowed / norm)
+        found = spectrum(measured.weighted, (n, m), guess, allowed / norm)
         rank = found.rank_within(allowed, guess)
         if rank is not None:
             return replace(measured, rank=rank, error=found.residual(rank) / norm)
     return measured
+
+
+def _weighted_norm(one: Difference) -> float:
+    step, total = max(1, BLOCK_BYTES // (4 * one.new.shape[1])), 0.0
+    for first in range(0, one.new.row_count, step):
+        total += float(np.sum(np.square(one.weighted(first, min(first + step, one.new.row_count)), dtype=np.float64)))
+    return math.sqrt(total)
 
 
 def _flat(view: TensorView, first: int, count: int) -> np.ndarray:
@@ -239,10 +275,15 @@ def _factors(one: Difference, input_first: bool) -> list[Stored]:
 
     def halves(last: bool) -> tuple[np.ndarray, np.ndarray]:
         if not held:
-            held.append(spectrum(one.rows, (one.new.shape[0], one.new.shape[1]), rank, one.allowed / one.norm))
+            held.append(spectrum(one.weighted, (one.new.shape[0], one.new.shape[1]), rank, one.allowed / one.norm))
         found = held.pop() if last else held[0]
         root = np.sqrt(found.values[:rank])
-        return found.left[:, :rank] * root, root[:, None] * found.right[:rank]
+        left, right = found.left[:, :rank] * root, root[:, None] * found.right[:rank]
+        if one.rms is not None and one.turned:
+            left = left / one.rms[:, None]
+        elif one.rms is not None:
+            right = right / one.rms
+        return left, right
 
     n, m = one.new.shape
     lookup = one.name.endswith(LOOKUPS)

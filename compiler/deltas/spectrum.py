@@ -19,6 +19,8 @@ OVERSAMPLING = 8
 BLOCK_BYTES = 4 << 20
 ROUNDING = 1e-6  # share of the norm below which nothing is left to find
 
+SAMPLE_CHUNKS = 16
+
 Rows = Callable[[int, int], np.ndarray]
 
 
@@ -55,6 +57,21 @@ def spectrum(rows: Rows, shape: tuple[int, int], most: int, enough: float = ROUN
         right, energy = _project(rows, shape, left)
     u, values, v = np.linalg.svd(right, full_matrices=False)
     return Spectrum(left @ u, values, v, energy)
+
+
+def beyond(rows: Rows, shape: tuple[int, int], most: int, norm: float) -> bool:
+    """Does every approximation of rank `most` leave more than `norm`? True is certain, False is not: it takes a sample of the rows.
+
+    The best approximation of a matrix, cut to some of its rows, is one of these rows: so what rank `most` leaves of the sample alone (4 most rows in
+    SAMPLE_CHUNKS runs) is a lower bound of what it leaves of the whole. Rounding noise is told by one look at few rows, without any sketch.
+    """
+    run = -(-4 * most // SAMPLE_CHUNKS)
+    if 2 * run * SAMPLE_CHUNKS > shape[0]:
+        return False  # the whole is hardly more than the sample
+    starts = np.linspace(0, shape[0] - run, SAMPLE_CHUNKS).astype(int)
+    sample = np.concatenate([rows(int(start), int(start) + run) for start in starts]).astype(np.float64)
+    left = np.linalg.eigvalsh(sample @ sample.T)[:-most]  # squares of the singular values, rising
+    return float(np.maximum(left, 0).sum()) > max(norm, 0.0) ** 2 + 1e-12 * float(np.sum(sample * sample))
 
 
 def _blocks(rows: Rows, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from compiler.checkpoints.safetensors import read_header
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.checkpoints.write import write_checkpoint
 from compiler.cli import cli
-from compiler.delta_tools import diff_checkpoints, inspect_delta
+from compiler.delta_tools import DiffOptions, diff_checkpoints, inspect_delta
+from compiler.deltas import extract
 from compiler.deltas import spectrum as spectrum_module
 from compiler.deltas.load import load_delta
-from compiler.deltas.spectrum import spectrum
+from compiler.deltas.spectrum import beyond, spectrum
 from compiler.errors import DeltaError, OutputError
 from compiler.progress import Progress
 from compiler.stages.merge import merged_view
@@ -52,7 +54,7 @@ def save(folder: Path, arrays: dict[str, np.ndarray], dtype: str | None = None, 
 
 def diff(tmp_path: Path, old: str, new: str, **options: Any) -> dict[str, Any]:
     arguments = {"error": 1e-5, "most": 16, "form": None, **options}
-    return diff_checkpoints(old, new, tmp_path / "delta", progress=QUIET, **arguments)
+    return diff_checkpoints(old, new, tmp_path / "delta", DiffOptions(**arguments), QUIET)
 
 
 def merged_back(tmp_path: Path, old: str) -> Checkpoint:
@@ -334,3 +336,66 @@ def test_kinds_that_depend_on_the_base_ask_for_it(tmp_path: Path) -> None:
     (row,) = inspect_delta(path, old, None)["tensors"]
     change = merged_view(open_checkpoint(old), [load_delta(path)]).tensors[Q].read() - LLAMA[Q]
     assert row["norm"] == pytest.approx(np.linalg.norm(change), rel=1e-4)
+
+
+# the bound by a sample of rows, and ranks chosen for the error of outputs
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(70, 300), m=st.integers(20, 80), rank=st.integers(1, 8), most=st.integers(1, 8), noise=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
+def test_a_sample_never_denies_what_the_whole_allows(n: int, m: int, rank: int, most: int, noise: float) -> None:
+    matrix = low(n, m, rank, seed=n) + np.float32(noise) * f32(n, m, seed=m)
+    left = float(np.sqrt(np.sum(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[most:] ** 2)))
+    rows = lambda start, stop: matrix[start:stop]  # noqa: E731
+    assert not beyond(rows, (n, m), most, 1.0001 * left + 1e-5 * float(np.linalg.norm(matrix)))
+    if noise == 1.0 and n > 40 * most and m > 4 * most:
+        assert beyond(rows, (n, m), most, 1e-3 * float(np.linalg.norm(matrix)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rank_and_factors_for_the_error_of_outputs(turned: bool, tmp_path: Path) -> None:
+    """A change that is large only on inputs that never come: by outputs its rank is lower, and rank 1 keeps outputs better."""
+    rms = np.where(np.arange(32) < 16, 1.0, 1e-2)
+    change = low(40, 32, 1, seed=1)
+    change[:, 16:] += 10 * low(40, 16, 2, seed=2)
+    change[:, :16] += 1e-4 * f32(40, 16, seed=3)
+    name, shown = ("transformer.h.0.attn.c_attn.weight", change.T) if turned else (Q, change)
+    old = {name: f32(*shown.shape, seed=6)}
+    family = {"model_type": "gpt2"} if turned else {}
+    pair = [open_checkpoint(save(tmp_path / key, arrays, **family)) for key, arrays in (("a", old), ("b", {name: old[name] + shown}))]
+    (plain,), (by_outputs,) = (extract.differences(*pair, 0.3, 8, None, weights) for weights in (None, {name: rms}))
+    assert plain.rank is not None and by_outputs.rank is not None and by_outputs.rank < plain.rank
+    error = {}
+    for key, one in (("plain", replace(plain, rank=1)), ("outputs", replace(by_outputs, rank=1))):
+        folder = tmp_path / key
+        folder.mkdir()
+        extract.write_delta(folder, "lora", [one], *pair)
+        found = merged_view(pair[0], [load_delta(str(folder))]).tensors[name].read() - old[name]
+        miss = (found - shown).T if turned else found - shown
+        error[key] = float(np.linalg.norm(miss * rms) / np.linalg.norm(change * rms))
+    assert error["outputs"] < 0.5 * error["plain"]
+
+
+def test_input_rms_is_that_of_the_layers_inputs(tiny_llama: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer
+
+    from compiler.activations import FLOOR, input_rms
+    from compiler.evaluation.data import EvaluationSet, Row
+    from compiler.reference import reference_model
+
+    base, text = open_checkpoint(str(tiny_llama)), "the coolant pump of lathe 3 leaks again"
+    found = input_rms(base, EvaluationSet((Row(text=text),), "", "here"), "text-generation")
+    assert {name for name in base.tensors if name.endswith("_proj.weight")} <= set(found)
+    model = reference_model(base, "text-generation")
+    ids = torch.tensor([Tokenizer.from_file(str(tiny_llama / "tokenizer.json")).encode(text, add_special_tokens=False).ids])
+    inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))[0].double().numpy()
+    expected = np.sqrt((inputs**2).mean(0))
+    np.testing.assert_allclose(found[Q], np.maximum(expected, FLOOR * expected.max()), rtol=1e-5)
+
+
+def test_diff_by_activations_end_to_end(tiny_llama: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(str(tiny_llama))
+    write_checkpoint(merged_view(base, [load_delta(str(tiny_lora))]), tmp_path / "new")
+    found = diff(tmp_path, str(tiny_llama), str(tmp_path / "new"), activations="builtin", error=1e-4)
+    assert found["form"] == "lora" and {row["rank"] for row in found["changes"]} == {4} and found["error"] <= 1e-4
