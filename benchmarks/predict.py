@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from compiler.commands import probe_target
-from compiler.sources import Mixture
 from compiler.progress import Progress
 from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
 from compiler.stages import export, package
 from compiler.workload import exported_workload
 from runtimes.bench import BenchOptions, measure_in_child

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from compiler.checkpoints.view import Checkpoint
+from compiler.errors import RecipeError
 from compiler.limits import PERCENTILE
 from compiler.plan import Step
 from compiler.quantizers.allocate import Allocation, allocate
@@ -49,28 +50,39 @@ GRAPH_MB = 0.45  # model.onnx, configs and self-test beside weights and tokenize
 CURVE = 12  # points of the size / KL curve in the report
 
 
-def is_auto(scheme: str) -> bool:
-    return scheme == "auto"
+class HasDocument(Protocol):
+    """What a build gives back: the report document with its verdict."""
+
+    @property
+    def document(self) -> Mapping[str, Any]: ...
+
+
+Built = TypeVar("Built", bound=HasDocument)
 
 
 def sensitivity_step(identity: Mapping[str, Any], calibration: str, seed: int) -> Step:
     """Rule 1 as a step: its key is made of the merged weights, the calibration text and what is done with it."""
     params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "windows": WINDOWS, "tokens": LENGTH, "calibration": calibration}
-    parts = {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": versions(["numpy", "torch", "transformers"])}
-    return Step("sensitivity", params, parts)
+    tools = versions(["numpy", "torch", "transformers"])
+    return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": tools})
+
+
+def stored_sensitivity(step: Step, store: Store) -> Sensitivity | None:
+    """What an earlier run measured; None when there is none."""
+    place = store.get(step.key)
+    return Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text())) if place else None
 
 
 def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store, report: Report, seed: int) -> Sensitivity:
     """Rule 1: from the store, or measured now on calibration rows."""
-    place = store.get(step.key)
-    if place is None:
+    found = stored_sensitivity(step, store)
+    if found is None:
         from compiler.quantizers.windows import token_windows
 
         found = sensitivity(merged, token_windows(rows, merged, WINDOWS, LENGTH), CHOICES, PROBED, report, seed)
         with store.make(step.key) as work:
             (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
-        place = store.place(step.key)
-    return Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,12 @@ class Chosen:
 
     def as_dict(self) -> dict[str, Any]:
         return {"expected": dict(self.expected), "rows": [dict(row) for row in self.rows], "curve": [dict(point) for point in self.curve]}
+
+    def for_report(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The report's sections: what was chosen, and the stored matrices with their part of the loss."""
+        known = {row["name"]: row for row in self.rows}
+        extra = [{"kl": known[row["name"]]["kl"], "slope": known[row["name"]]["slope"]} if row["name"] in known else {} for row in layers]
+        return {"allocation": self.as_dict(), "layers": [{**row, **more} for row, more in zip(layers, extra, strict=True)]}
 
     def counts(self) -> str:
         """`90 x int4-g64, 31 x int8-g32`"""
@@ -214,7 +232,23 @@ class Chooser:
         return [self._expected(allocate(Allocation(loss, {"size_mb": size}, {"size_mb": float(budget)})), loss) for budget in budgets]
 
 
-def moved_limits(checks: Sequence[Mapping[str, Any]], expected: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float] | None:
+def settle(chooser: Chooser, build: Callable[[Chosen], Built]) -> Built:
+    """Rule 4: choose, build, look at the verdict, and choose again while a limit that can be steered was missed."""
+    outcome = build(chooser.choose(curve=True))
+    for _ in range(ROUNDS - 1):
+        moved = moved_limits(outcome.document["verdict"]["checks"], chooser.moved)
+        if moved is None:
+            break
+        chooser = replace(chooser, moved=moved)
+        try:
+            chosen = chooser.choose(curve=True)
+        except RecipeError:  # nothing smaller or faster is left: the verdict that was reached stands
+            break
+        outcome = build(chosen)
+    return outcome
+
+
+def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float]) -> dict[str, float] | None:
     """Rule 4: new factors after a verdict, or None when no limited quantity that can be steered was missed.
 
     {"name": "size_mb", "measured": 101, "limit": 100, "outcome": "FAIL"} -> {"size_mb": 0.99 * 0.998}

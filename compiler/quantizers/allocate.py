@@ -5,9 +5,12 @@
 The relaxation's optimum lies on the convex hull of each matrix's (cost, loss) points, where one price per limit picks a point of every matrix at once:
 
 1. For prices p the cheapest choice of matrix i is argmin_c loss[i, c] + sum_q p_q cost_q[i, c]. All matrices are independent given p.
-2. The price of each limit is the smallest at which it holds, found by bisection; with several limits in turn, until no price moves (coordinate ascent of the dual).
+2. The price of each limit is the smallest at which it holds, found by bisection; with several limits in turn,
+   until no price moves (coordinate ascent of the dual).
 3. Repair: what a limit leaves over is spent on single changes, then on pairs (one matrix up, another down), the most useful first, until none lowers the loss.
-   Between neighbours on the hull that is exact for one limit but for the last matrix; a test holds it to scipy's milp.
+4. With one limit, the rest of the gap is searched. A choice whose reduced cost at the price exceeds the gap between the repaired loss and the dual bound is
+   in no better solution; what is left is enumerated matrix by matrix, keeping (cost, loss) pairs that no other beats in both, at most STATES of them.
+   A test holds the result to scipy's milp.
 
 Sizes: a model of 121 matrices and 8 choices takes milliseconds.
 """
@@ -24,6 +27,7 @@ from compiler.errors import RecipeError
 BISECTIONS = 60
 SWEEPS = 30
 PAIRS_MOST = 400  # repairs
+STATES = 20_000
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,21 @@ def allocate(problem: Allocation) -> np.ndarray:
         least = float(problem.cost[name].min(axis=1).sum())
         if least > limit:
             raise RecipeError(
-                f"limit {name}", expected=f"at least {least:.6g}, what the cheapest choices take", found=f"{limit:.6g}", remedy="raise the limit or shrink the model"
+                f"limit {name}",
+                expected=f"at least {least:.6g}, what the cheapest choices take",
+                found=f"{limit:.6g}",
+                remedy="raise the limit or shrink the model",
             )
-    return repair(problem, by_prices(problem))
+    prices, chosen = by_prices(problem)
+    chosen = repair(problem, chosen)
+    if len(problem.limits) == 1:
+        ((name, limit),) = problem.limits.items()
+        return close_gap(problem.loss, problem.cost[name], limit, prices[name], chosen)
+    return chosen
 
 
-def by_prices(problem: Allocation) -> np.ndarray:
-    """Rules 1 and 2."""
+def by_prices(problem: Allocation) -> tuple[dict[str, float], np.ndarray]:
+    """Rules 1 and 2: the prices and what is chosen at them."""
     names = list(problem.limits)
     scale = {name: float(problem.loss.max() - problem.loss.min() + 1e-30) / float(np.ptp(problem.cost[name]) + 1e-30) for name in names}
     prices = dict.fromkeys(names, 0.0)
@@ -73,11 +85,11 @@ def by_prices(problem: Allocation) -> np.ndarray:
     for _ in range(SWEEPS if len(names) > 1 else 1):
         before = dict(prices)
         for name in names:
-            prices[name] = _smallest(lambda price, name=name: problem.spent(chosen({**prices, name: price}))[name] <= problem.limits[name], scale[name])  # type: ignore[misc]
+            prices[name] = _smallest(lambda price, name=name: problem.spent(chosen({**prices, name: price}))[name] <= problem.limits[name], scale[name])
         if all(abs(prices[name] - before[name]) <= 1e-9 * (scale[name] + prices[name]) for name in names):
             break
     found = chosen(prices)
-    return found if problem.holds(found) else _cheapest(problem)
+    return prices, found if problem.holds(found) else _cheapest(problem)
 
 
 def _smallest(fits: object, scale: float) -> float:
@@ -116,6 +128,37 @@ def repair(problem: Allocation, chosen: np.ndarray) -> np.ndarray:
         if not (_single(chosen, gain, more, room) or _pair(chosen, gain, more, room)):
             break
     return chosen
+
+
+def close_gap(loss: np.ndarray, cost: np.ndarray, limit: float, price: float, chosen: np.ndarray) -> np.ndarray:
+    """Rule 4."""
+    rows = np.arange(len(loss))
+    priced = loss + price * cost
+    reduced = priced - priced.min(axis=1, keepdims=True)
+    best = float(loss[rows, chosen].sum())
+    gap = best - (float(priced.min(axis=1).sum()) - price * limit)
+    open_items = [item for item in rows if (reduced[item] <= gap).sum() > 1]
+    closed = np.setdiff1d(rows, open_items)
+    found = chosen.copy()
+    found[closed] = reduced[closed].argmin(axis=1)
+    spent, lost, over = (np.array([float(table[closed, found[closed]].sum())]) for table in (cost, loss, reduced))
+    trail: list[tuple[np.ndarray, np.ndarray]] = []  # of each open item: which state a state came from, and the column it took
+    for item in open_items:
+        columns = np.flatnonzero(reduced[item] <= gap)
+        origin, column = np.repeat(np.arange(len(spent)), len(columns)), np.tile(columns, len(spent))
+        spent, lost, over = spent[origin] + cost[item, column], lost[origin] + loss[item, column], over[origin] + reduced[item, column]
+        order = np.lexsort((lost, spent))
+        order = order[(over[order] <= gap) & (lost[order] < np.minimum.accumulate(np.concatenate([[np.inf], lost[order][:-1]])))]  # beaten in neither
+        order = order[np.sort(np.argsort(over[order], kind="stable")[:STATES])]
+        spent, lost, over = spent[order], lost[order], over[order]
+        trail.append((origin[order], column[order]))
+    fits = np.flatnonzero(spent <= limit)
+    if not len(fits) or lost[fits].min() >= best:
+        return chosen
+    at = fits[lost[fits].argmin()]
+    for item, (origin, column) in zip(reversed(open_items), reversed(trail), strict=True):
+        found[item], at = column[at], origin[at]
+    return found
 
 
 def _single(chosen: np.ndarray, gain: np.ndarray, more: Mapping[str, np.ndarray], room: Mapping[str, float]) -> bool:

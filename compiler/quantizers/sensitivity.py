@@ -7,8 +7,8 @@ For a change dW of one matrix, y the matrix's outputs and x its inputs,
 to second order, where g = d log p / d y under tokens that the model itself draws (so E[g g^T] is the Fisher information; taken here as the same in all
 n directions). One backward pass gives E[g^2] of all matrices, one forward pass their H.
 
-That is the shape; its height is measured. Each kind of matrix (qkv, o, gate and up, down, head) is rounded alone in the whole model, all other matrices
-as they are, and the KL of that model over the same windows divided by the estimate is the kind's factor; then all kinds at once, for what they do to each other:
+That is the shape; its height is measured. Each kind of matrix (qkv, o, gate and up, down, head) is rounded alone, all other matrices as they are, and the KL of
+that model over the same windows divided by the estimate is the kind's factor; then all kinds at once, for what they do to each other:
 
     loss[i, c] = joint * factor[kind of i] * slope[i] * tr(dW H dW^T)
 
@@ -154,7 +154,9 @@ class Model:
         squares = dict.fromkeys(self.linears, 0.0)
         sums = {matrix: torch.zeros(linears[0].in_features, linears[0].in_features) for matrix, linears in self.linears.items()}
         handles = [
-            linear.register_forward_hook(_watch(matrix, squares, sums, first=linear is linears[0])) for matrix, linears in self.linears.items() for linear in linears
+            linear.register_forward_hook(_watch(matrix, squares, sums, first=linear is linears[0]))
+            for matrix, linears in self.linears.items()
+            for linear in linears
         ]
         draw = torch.Generator().manual_seed(seed)
         embedding = self.module.get_input_embeddings()
