@@ -179,7 +179,7 @@ def merge_command(base: str, deltas: tuple[str, ...], dtype: str | None, rollbac
 @cli.command("quantize")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", required=True, help="int4-gN[-asym], int8-gN[-asym].")
+@click.option("--scheme", required=True, help="intB-gN[-asym][-s16].")
 @OUT
 @AS_JSON
 def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path, as_json: bool) -> None:
@@ -197,7 +197,7 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="int4-gN[-asym], int8-gN[-asym], int8, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON

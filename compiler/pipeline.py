@@ -2,7 +2,7 @@
 
 Mixture.open   base and deltas, opened lazily and bound to each other (compiler.sources)
 make_plan      what will run, from which parts (compiler.plan)
-run            merge (a view), export (cached), evaluate (cached), measure (never cached), package
+run            merge (a view), quantize (cached, where a method needs it), export (cached), evaluate (cached), measure (never cached), package
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
-from compiler.stages.quantize import predicted_bytes
+from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
@@ -49,7 +49,23 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
     """schemes: chosen for this target where the recipe says auto."""
     options = export_stage.resolve_options(sources.merged, schemes or recipe.quantize.schemes, recipe.task, recipe.max_length)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate)
+    quantize = None
+    if options["road"] == export_stage.DECODER:
+        quantize = resolve_method(sources.merged, recipe.quantize.schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+    elif recipe.quantize.method != "rtn":
+        raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
+    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
+
+
+def _calibration(recipe: Recipe) -> EvaluationSet | None:
+    """The text that a calibrated method runs through the model; None where no method asks for any."""
+    from compiler.quantizers.methods import METHODS
+    from compiler.quantizers.windows import calibration_set
+
+    if not METHODS[recipe.quantize.method].calibrated:
+        return None
+    named = recipe.quantize.calibration
+    return calibration_set(None if named == "builtin" else recipe.folder / named)
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
@@ -133,10 +149,11 @@ class Run:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
         plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        exported, export_record = self._export(plan)
+        codes, quantized = self._quantize(plan)
+        exported, export_record = self._export(plan, codes)
         evaluation, evaluate_record = self._evaluate(plan, exported)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
-        records = [merged, export_record, evaluate_record]
+        records = [merged, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
@@ -152,13 +169,28 @@ class Run:
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             return _finish(work, place, document, facts, verdict)
 
-    def _export(self, plan: Plan) -> tuple[Path, Record]:
+    def _quantize(self, plan: Plan) -> tuple[Path | None, list[Record]]:
+        """Codes of quantizers that look at more than a row block; nothing where the export rounds to nearest as it streams."""
+        step, watch = next((step for step in plan.steps if step.stage == "quantize"), None), Stopwatch()
+        if step is None:
+            return None, []
+        cached = self.store.get(step.key) or self.store.get(plan.step("export").key)  # with the export at hand nobody asks for the codes
+        how = ", ".join(sorted(set(step.params["methods"].values())))
+        with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
+            if cached is None:
+                with self.store.make(step.key) as work:
+                    quantize_matrices(self.sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
+        read = [self.sources.merged.digest]
+        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        return self.store.place(step.key), [record]
+
+    def _export(self, plan: Plan, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(self.sources.merged, step.params, work, self.progress.update)
+                    export_stage.export(self.sources.merged, step.params, work, self.progress.update, codes)
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
         record = Record("export", step.key, [self.sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())

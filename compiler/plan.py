@@ -15,6 +15,7 @@ from compiler.record import versions
 from compiler.store import Store, cache_key
 
 # Raised by hand whenever a stage's output changes for the same inputs.
+QUANTIZE_VERSION = 1
 EXPORT_VERSION = 1
 EVALUATE_VERSION = 2
 
@@ -57,15 +58,24 @@ def _state(step: Step, store: Store) -> str:
     return "cached" if store.get(step.key) else "to do"
 
 
-def make_plan(name: str, target: str, merge: Mapping[str, Any], export: Mapping[str, Any], evaluate: Mapping[str, Any]) -> Plan:
+def make_plan(
+    name: str, target: str, merge: Mapping[str, Any], export: Mapping[str, Any], evaluate: Mapping[str, Any], quantize: Mapping[str, Any] | None = None
+) -> Plan:
     """Steps of one target.
 
     merge     base and delta digests, weights, combine method: the identity of the merged weights
+    quantize  what a quantizer that looks at more than a row block depends on; None where the export rounds to nearest as it streams
     export    schemes and graph options, already resolved from recipe and target
     evaluate  digest of the data, metrics
     """
     tools = versions(["numpy", "onnx-ir", "torch", "transformers"] if export["road"] == "encoder" else ["numpy", "onnx-ir", "gguf"])
-    exported = Step("export", export, {"version": EXPORT_VERSION, "merge": dict(merge), "options": dict(export), "tools": tools})
+    parts = {"version": EXPORT_VERSION, "merge": dict(merge), "options": dict(export), "tools": tools}
+    made = []
+    if quantize is not None:
+        with_tools = versions(["numpy", "torch", "transformers", "tokenizers"])
+        made = [Step("quantize", quantize, {"version": QUANTIZE_VERSION, "merge": dict(merge), "options": dict(quantize), "tools": with_tools})]
+        parts["quantize"] = made[0].key
+    exported = Step("export", export, parts)
     evaluated_with = versions(["torch", "transformers", "onnxruntime", "tokenizers"])
     evaluated = Step("evaluate", evaluate, {"version": EVALUATE_VERSION, "export": exported.key, "options": dict(evaluate), "tools": evaluated_with})
-    return Plan(name, target, (Step("merge", merge), exported, evaluated, Step("measure", {"target": target}), Step("package", {})))
+    return Plan(name, target, (Step("merge", merge), *made, exported, evaluated, Step("measure", {"target": target}), Step("package", {})))

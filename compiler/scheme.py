@@ -7,6 +7,13 @@ The quantization equation, for each group of `group_size` neighbours along the i
 
 symmetric:   zero_point = 2**(bits - 1) and is not stored
 asymmetric:  zero_point is a stored uint of `bits` bits
+
+Kernels know 4 and 8 bits (`kernel_bits`). A scheme of other bits runs on the next larger kernel with its codes left-aligned,
+
+    kernel code = code << (kernel_bits - bits),  kernel scale = scale / 2**(kernel_bits - bits)
+
+which is the same number exactly. The file leaves out the low bits, all zero: the bits of a scheme are what is stored, its kernel bits
+what is read in each multiplication.
 """
 
 from __future__ import annotations
@@ -21,8 +28,11 @@ from typing import Any
 from compiler.errors import RecipeError
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
-FORM = re.compile(r"int(?P<bits>[48])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?")
-KNOWN = "int4-gN, int8-gN (N in 16, 32, 64, 128, 256; append -asym for stored zero points), int8 and int8-dynamic (encoders), fp16, fp32"
+FORM = re.compile(r"int(?P<bits>[2-8])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?(-(?P<half>s16))?")
+KNOWN = (
+    "intB-gN (B from 2 to 8; N in 16, 32, 64, 128, 256; append -asym for stored zero points, -s16 for float16 scales), "
+    "int8 and int8-dynamic (encoders), fp16, fp32"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,17 @@ class Scheme:
     group_size: int | None = None  # None: per output channel, or not quantized
     symmetric: bool = True
     kernel: str = "float"
+    half_scales: bool = False  # kernel scales are float16 in the file; the codes are chosen for the rounded scale
+
+    @property
+    def kernel_bits(self) -> int:
+        """Bits of a code in the kernel: 4 or 8."""
+        return 4 if self.bits <= 4 else 8
+
+    @property
+    def shift(self) -> int:
+        """How far a kernel's code is left of the code."""
+        return self.kernel_bits - self.bits
 
     @property
     def quantized(self) -> bool:
@@ -50,7 +71,7 @@ class Scheme:
         if self.kernel in ("stored", "dynamic"):
             return "int8" if self.kernel == "stored" else "int8-dynamic"
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-s16' if self.half_scales else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,8 +128,8 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
     if scheme.group_size is None:
         return size * scheme.bits // 8 + 4 * rows
     groups = -(-width // scheme.group_size)
-    zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
-    return rows * (groups * (scheme.group_size * scheme.bits // 8 + 4) + zero_points)
+    zero_points = 0 if scheme.symmetric else -(-groups * scheme.kernel_bits // 8)
+    return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
 
 
 ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
@@ -121,7 +142,7 @@ def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     match = FORM.fullmatch(text)
     bits = int(match["bits"]) if match else 0
     if match and match["group"] and int(match["group"]) in GROUP_SIZES:
-        return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits")
+        return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits", bool(match["half"]))
     if text in ENCODER_SCHEMES:
         return ENCODER_SCHEMES[text]
     raise RecipeError(place, expected=KNOWN, found=repr(text), remedy="choose one of these schemes")

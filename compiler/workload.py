@@ -39,7 +39,7 @@ class MatrixUse:
         """Its row in the kernel table. A decoder's float matrices are FusedMatMul."""
         scheme, (out, into) = self.scheme, self.shape
         op = "FusedMatMul" if decoder and not scheme.quantized else KERNELS[scheme.kernel]
-        bits = scheme.bits if op in ("MatMulNBits", "DynamicQuantizeMatMul") else 32
+        bits = scheme.kernel_bits if op in ("MatMulNBits", "DynamicQuantizeMatMul") else 32
         return Case(op, bits, (scheme.group_size or 0) if op == "MatMulNBits" else 0, into, out, scheme.symmetric)
 
     @property
@@ -47,7 +47,7 @@ class MatrixUse:
         """In memory once a session is open: float32 where arithmetic is float32; MatMulNBits packs a scale and a sum, float32 each, beside a block's codes."""
         size = self.shape[0] * self.shape[1]
         if self.scheme.kernel == "nbits" and self.scheme.group_size:
-            return size * self.scheme.bits // 8 + 8 * size // self.scheme.group_size
+            return size * self.scheme.kernel_bits // 8 + 8 * size // self.scheme.group_size
         return self.bytes if self.scheme.kernel == "dynamic" else 4 * size
 
 

@@ -50,7 +50,7 @@ def builtin_text() -> bytes:
     return resources.files("compiler").joinpath("data/builtin.txt").read_bytes()
 
 
-def load_rows(path: Path | None, limit: int | None = None) -> EvaluationSet:
+def load_rows(path: Path | None, limit: int | None = None, place: str = "evaluate.data") -> EvaluationSet:
     """Rows of a file, or of the built-in text. Raises RecipeError with the line of the first bad row."""
     if path is None:
         data, origin = builtin_text(), "builtin"
@@ -58,17 +58,17 @@ def load_rows(path: Path | None, limit: int | None = None) -> EvaluationSet:
         try:
             data, origin = path.read_bytes(), path.name
         except OSError as error:
-            raise RecipeError(f"evaluate.data: {path}", expected="a readable file", found=error.strerror or "an error", remedy="check the path") from error
+            raise RecipeError(f"{place}: {path}", expected="a readable file", found=error.strerror or "an error", remedy="check the path") from error
     digest = hashlib.sha256(data + f"|{limit}".encode()).hexdigest()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"evaluate.data: {path}", expected="UTF-8 text", found=f"a bad byte at {error.start}", remedy="convert it") from error
+        raise RecipeError(f"{place}: {path}", expected="UTF-8 text", found=f"a bad byte at {error.start}", remedy="convert it") from error
     if path is None or path.suffix not in (".jsonl", ".json"):
         return EvaluationSet((Row(text=text),), digest, origin)
     rows = [_row(line, f"{path.name}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
-        raise RecipeError(f"evaluate.data: {path}", expected="at least one row", found="none", remedy="write one JSON object a line")
+        raise RecipeError(f"{place}: {path}", expected="at least one row", found="none", remedy="write one JSON object a line")
     return EvaluationSet(tuple(rows[:limit]), digest, origin)
 
 

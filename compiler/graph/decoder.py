@@ -28,7 +28,7 @@ from compiler.graph.nodes import MICROSOFT, GraphBuilder, save_model
 from compiler.graph.passes import remove_unused
 from compiler.graph.positions import Positions, prologue
 from compiler.graph.spec import ACTIVATIONS, DecoderSpec, decoder_spec
-from compiler.graph.weights import Matrix, Progress, WeightWriter
+from compiler.graph.weights import Codes, Matrix, Progress, WeightWriter
 from compiler.scheme import Schemes
 
 __all__ = ["DEFAULT_MAX_LENGTH", "DecoderExport", "DecoderSpec", "MatrixRow", "decoder_spec", "export_decoder"]
@@ -70,12 +70,14 @@ def export_decoder(
     logits: str = "last",
     max_length: int | None = None,
     progress: Progress | None = None,
+    codes_of: Codes | None = None,
 ) -> DecoderExport:
     """Write model.onnx, model.onnx.data and genai_config.json into `directory`, which exists.
 
     logits      "last": [batch, 1, vocab] of each row's last valid token; "all": [batch, sequence, vocab]
     max_length  tokens; by default the model's own, at most DEFAULT_MAX_LENGTH
     progress    called with (matrix, elements written, elements in all)
+    codes_of    matrix -> the codes a quantizer chose for it, or None to round to nearest here
 
     Raises ArchitectureError for what the builder does not cover, CheckpointError for missing, misshapen or non-finite tensors, RecipeError for a scheme
     no decoder kernel has, OutputError when the disk is full.
@@ -87,7 +89,7 @@ def export_decoder(
     check_kernel_limits(spec, length)
     graph = GraphBuilder()
     with DataFile(directory / "model.onnx.data") as data:
-        build = DecoderBuild(spec, graph, WeightWriter(checkpoint, schemes, data, graph, progress), length)
+        build = DecoderBuild(spec, graph, WeightWriter(checkpoint, schemes, data, graph, progress, codes_of), length)
         build.decoder(logits)
         data_bytes = data.size
     model = graph.model()

@@ -5,7 +5,7 @@ MatMulNBits (contrib operator spec, com.microsoft 1; the conditions under which 
 2. zero points are uint8: float ones dequantize the whole matrix on every call
 3. no `g_idx` (GPTQ's act-order): the same
 4. block size 16, 32, 64, 128 or 256: the same
-5. weights, scales and zero points are initializers: they cannot be prepacked otherwise
+5. weights, scales and zero points are initializers, or nodes make them of initializers alone and onnxruntime folds those before it prepacks
 """
 
 from __future__ import annotations
@@ -39,8 +39,16 @@ def nbits_faults(node: ir.Node) -> Iterator[str]:
     if attributes.get("block_size") not in BLOCK_SIZES:
         yield f"block_size {attributes.get('block_size')}, not one of {BLOCK_SIZES}: the matrix is dequantized on every call"
     for value in inputs[1:4]:
-        if value is not None and not value.is_initializer():
+        if value is not None and not constant(value):
             yield f"{value.name} is not an initializer: nothing can be prepacked"
+
+
+def constant(value: ir.Value) -> bool:
+    """Whether a value depends on initializers alone."""
+    if value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(constant(one) for one in node.inputs if one is not None)
 
 
 def require_clean(model_path: Path) -> None:

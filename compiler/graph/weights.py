@@ -3,7 +3,9 @@
 Peak memory is one row block and its packed form, plus the scales of the matrix at hand.
 
 Storage by scheme, for a matrix [n, k] with g = ceil(k / group_size) groups:
-    nbits   codes uint8 [n, g, group_size * bits / 8], scales float32 [n, g], zero points uint8 [n, ceil(g * bits / 8)] if asymmetric
+    nbits   codes uint8 [n, g, group_size * bits / 8], scales float32 [n, g], zero points uint8 [n, ceil(g * bits / 8)] if asymmetric;
+            with other bits than 4 and 8 the codes lie in planes (compiler.quantizers.pack), and half scales are float16:
+            nodes of constants alone make the kernel's tensors of them, and onnxruntime folds those when it loads
     fp32    float32 [n, k] as the checkpoint has it: FusedMatMul(transB=1) reads it without a transpose, and a tied lookup shares it
     fp16    float16 [n, k]; a Cast that onnxruntime folds when it loads
 """
@@ -11,7 +13,7 @@ Storage by scheme, for a matrix [n, k] with g = ceil(k / group_size) groups:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,14 +25,16 @@ from compiler.errors import CheckpointError, RecipeError
 from compiler.graph.external_data import DataFile
 from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.quantizers import nbits
+from compiler.quantizers.pack import Packed, plane, plane_table, planes
 from compiler.scheme import Scheme, Schemes
 
 Progress = Callable[[str, int, int], None]
+Codes = Callable[[str], Packed | None]  # matrix -> what a calibrated quantizer made of it; None: round to nearest here
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored weight matrix [n, k]. tensors: weight | codes, scales, zero_points; bias float32 [n]."""
+    """A stored weight matrix [n, k]. tensors: weight | codes or planes (codes_4, codes_2, codes_1), scales, zero_points; bias float32 [n]."""
 
     name: str
     n: int
@@ -56,7 +60,9 @@ class WeightWriter:
     data: DataFile
     graph: GraphBuilder
     progress: Progress | None = None
+    codes_of: Codes | None = None
     done: int = 0
+    _unpacked: dict[str, ir.Value] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> int:
@@ -94,7 +100,9 @@ class WeightWriter:
             stored_bias = self.data.add(f"{name}.bias", np.concatenate(parts) * np.float32(scale))
         n = sum(sources.values())
         blocks = self._blocks(name, views, scale)
-        tensors = self._quantized(name, (n, k), scheme, blocks) if scheme.quantized else self._float(name, (n, k), scheme, blocks)
+        tensors = (
+            self._quantized(name, (n, k), scheme, self._packed(name, scheme, blocks, scale)) if scheme.quantized else self._float(name, (n, k), scheme, blocks)
+        )
         return Matrix(name, n, k, scheme, tensors, stored_bias)
 
     def _blocks(self, name: str, views: list[TensorView], scale: float) -> Iterator[np.ndarray]:
@@ -106,23 +114,43 @@ class WeightWriter:
                 if self.progress is not None:
                     self.progress(name, min(self.done, self.total), self.total)
 
-    def _quantized(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
+    def _packed(self, name: str, scheme: Scheme, blocks: Iterator[np.ndarray], scale: float) -> Iterator[Packed]:
+        """A quantizer's codes where there are some, else each block rounded to nearest as it passes."""
+        given = self.codes_of(name) if self.codes_of is not None else None
+        if given is not None:
+            yield given if scale == 1.0 else replace(given, scales=given.scales * np.float32(scale))
+        for block in blocks:  # with given codes still read: weights that are not finite are refused, progress is counted
+            if given is None:
+                yield nbits.quantize(block, scheme)
+
+    def _quantized(self, name: str, shape: tuple[int, int], scheme: Scheme, parts: Iterator[Packed]) -> dict[str, ir.ExternalTensor]:
+        """Codes go to the file as they come; the smaller rest of a matrix waits until they are through."""
         if scheme.kernel != "nbits" or scheme.group_size is None:
-            raise RecipeError("quantize.scheme", expected="int4-gN, int8-gN, fp16 or fp32 for a decoder", found=str(scheme), remedy="choose one of these")
-        groups, scales, zero_points = -(-shape[1] // scheme.group_size), [], []
+            raise RecipeError("quantize.scheme", expected="intB-gN, fp16 or fp32 for a decoder", found=str(scheme), remedy="choose one of these")
+        n, groups = shape[0], -(-shape[1] // scheme.group_size)
+        width, cuts = groups * scheme.group_size, planes(scheme.bits) if scheme.shift else []
+        waiting: dict[str, list[np.ndarray]] = {key: [] for key in ("scales", "zero_points", *(f"codes_{cut[0]}" for cut in cuts[1:]))}
 
         def codes() -> Iterator[np.ndarray]:
-            for block in blocks:
-                packed = nbits.quantize(block, scheme)
-                scales.append(packed.scales)
-                if packed.zero_points is not None:
-                    zero_points.append(packed.zero_points)
-                yield packed.codes
+            for part in parts:
+                waiting["scales"].append(part.scales.astype(np.float16) if scheme.half_scales else part.scales)
+                if part.zero_points is not None:
+                    waiting["zero_points"].append(part.zero_points)
+                for cut in cuts[1:]:
+                    waiting[f"codes_{cut[0]}"].append(plane(part.codes, scheme, *cut))
+                yield plane(part.codes, scheme, *cuts[0]) if cuts else part.codes
 
-        stored = {"codes": self.data.add_blocks(f"{name}.codes", (shape[0], groups, scheme.group_size * scheme.bits // 8), np.dtype(np.uint8), codes())}
-        stored["scales"] = self.data.add_blocks(f"{name}.scales", (shape[0], groups), np.dtype(np.float32), scales)
-        if zero_points:
-            stored["zero_points"] = self.data.add_blocks(f"{name}.zero_points", (shape[0], -(-groups * scheme.bits // 8)), np.dtype(np.uint8), zero_points)
+        byte, data = np.dtype(np.uint8), self.data
+        stored: dict[str, ir.ExternalTensor] = {}
+        if not cuts:
+            stored["codes"] = data.add_blocks(f"{name}.codes", (n, groups, width // groups * scheme.bits // 8), byte, codes())
+        for cut, (bits, _) in enumerate(cuts):
+            key = f"codes_{bits}"
+            stored[key] = data.add_blocks(f"{name}.{key}", (n, width * bits // 8), byte, waiting[key] if cut else codes())
+        kind = np.dtype(np.float16 if scheme.half_scales else np.float32)
+        stored["scales"] = data.add_blocks(f"{name}.scales", (n, groups), kind, waiting["scales"])
+        if not scheme.symmetric:
+            stored["zero_points"] = data.add_blocks(f"{name}.zero_points", (n, -(-groups * scheme.kernel_bits // 8)), byte, waiting["zero_points"])
         return stored
 
     def _float(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
@@ -141,15 +169,16 @@ class WeightWriter:
     def linear(self, node: str, x: ir.Value, matrix: Matrix) -> ir.Value:
         """x [..., k] -> [..., n]: x @ W.T + bias on the kernel of the matrix's scheme."""
         graph = self.graph
-        values = {key: graph.initializer(tensor) for key, tensor in matrix.tensors.items()}
         bias = None if matrix.bias is None else graph.initializer(matrix.bias)
-        if matrix.scheme.quantized:
-            inputs = [x, values["codes"], values["scales"], values.get("zero_points"), None, bias]
+        scheme = matrix.scheme
+        if scheme.quantized:
+            zero_points = graph.initializer(matrix.tensors["zero_points"]) if "zero_points" in matrix.tensors else None
+            inputs = [x, self._kernel_codes(matrix), self._kernel_scales(matrix), zero_points, None, bias]
             while inputs[-1] is None:
                 inputs.pop()
-            shape: dict[str, Any] = {"K": matrix.k, "N": matrix.n, "bits": matrix.scheme.bits, "block_size": matrix.scheme.group_size}
+            shape: dict[str, Any] = {"K": matrix.k, "N": matrix.n, "bits": scheme.kernel_bits, "block_size": scheme.group_size}
             return graph.op(node, "MatMulNBits", inputs, MICROSOFT, accuracy_level=4, **shape)
-        y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, values["weight"])], MICROSOFT, transB=1)
+        y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, graph.initializer(matrix.tensors["weight"]))], MICROSOFT, transB=1)
         return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
 
     def _widened(self, matrix: Matrix, weight: ir.Value) -> ir.Value:
@@ -157,18 +186,50 @@ class WeightWriter:
             return weight
         return self.graph.op(f"/{matrix.name}/widen", "Cast", [weight], to=int(ir.DataType.FLOAT))
 
+    def _kernel_codes(self, matrix: Matrix, by_row: bool = False) -> ir.Value:
+        """The kernel's codes uint8 [n, groups, bytes], or [n, all bytes]: as stored, or put together of planes by nodes that fold at load."""
+        graph, scheme = self.graph, matrix.scheme
+        groups = -(-matrix.k // (scheme.group_size or 1))
+        row_bytes = groups * (scheme.group_size or 1) * scheme.kernel_bits // 8
+        if "codes" in matrix.tensors:
+            codes = matrix.tensors["codes"]
+            return graph.initializer(self.data.view(f"{matrix.name}.codes_by_row", codes, (matrix.n, row_bytes)) if by_row else codes)
+        if matrix.name not in self._unpacked:
+            parts = [self._kernel_plane(matrix, cut, row_bytes) for cut in planes(scheme.bits)]
+            total = parts[0]
+            for number, part in enumerate(parts[1:]):
+                total = graph.op(f"/{matrix.name}/join_{number}", "Add", [total, part])
+            self._unpacked[matrix.name] = total
+        if by_row:
+            return self._unpacked[matrix.name]
+        return graph.op(f"/{matrix.name}/by_group", "Reshape", [self._unpacked[matrix.name], graph.integers(matrix.n, groups, row_bytes // groups)])
+
+    def _kernel_plane(self, matrix: Matrix, cut: tuple[int, int], row_bytes: int) -> ir.Value:
+        """What one plane adds to the kernel's codes, uint8 [n, row_bytes]: a table gives the bytes of each byte."""
+        graph, scheme, bits = self.graph, matrix.scheme, cut[0]
+        node = f"/{matrix.name}/plane_{bits}"
+        table = graph.constant(f"plane_table_{scheme.kernel_bits}_{bits}_{scheme.shift + cut[1]}", plane_table(scheme, *cut))
+        places = graph.op(f"{node}/index", "Cast", [graph.initializer(matrix.tensors[f"codes_{bits}"])], to=int(ir.DataType.INT32))
+        return graph.op(f"{node}/row", "Reshape", [graph.op(node, "Gather", [table, places], axis=0), graph.integers(matrix.n, row_bytes)])
+
+    def _kernel_scales(self, matrix: Matrix) -> ir.Value:
+        scales = self.graph.initializer(matrix.tensors["scales"])
+        if not matrix.scheme.half_scales:
+            return scales
+        if f"{matrix.name}.scales" not in self._unpacked:
+            self._unpacked[f"{matrix.name}.scales"] = self.graph.op(f"/{matrix.name}/scales", "Cast", [scales], to=int(ir.DataType.FLOAT))
+        return self._unpacked[f"{matrix.name}.scales"]
+
     def lookup(self, node: str, ids: ir.Value, matrix: Matrix) -> ir.Value:
         """ids int64 [...] -> rows of the matrix, float32 [..., k], dequantized. Shares the stored bytes with `linear`."""
         graph, scheme = self.graph, matrix.scheme
         if not scheme.quantized:
             rows = graph.op(node, "Gather", [graph.initializer(matrix.tensors["weight"]), ids], axis=0)
             return rows if scheme.bits == 32 else graph.op(f"{node}/widen", "Cast", [rows], to=int(ir.DataType.FLOAT))
-        codes = matrix.tensors["codes"]
-        flat = self.data.view(f"{matrix.name}.codes_by_row", codes, (matrix.n, int(codes.shape[1]) * int(codes.shape[2])))
-        inputs = [graph.initializer(flat), ids, graph.initializer(matrix.tensors["scales"])]
+        inputs = [self._kernel_codes(matrix, by_row=True), ids, self._kernel_scales(matrix)]
         if "zero_points" in matrix.tensors:
             inputs.append(graph.initializer(matrix.tensors["zero_points"]))
-        layout: dict[str, Any] = {"bits": scheme.bits, "block_size": scheme.group_size, "gather_axis": 0, "quantize_axis": 1}
+        layout: dict[str, Any] = {"bits": scheme.kernel_bits, "block_size": scheme.group_size, "gather_axis": 0, "quantize_axis": 1}
         rows = graph.op(node, "GatherBlockQuantized", inputs, MICROSOFT, **layout)
         if scheme.group_size and matrix.k % scheme.group_size:  # the tail of the last group is padding
             rows = graph.op(f"{node}/tail", "Slice", [rows, graph.integers(0), graph.integers(matrix.k), graph.integers(-1)])

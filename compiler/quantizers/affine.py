@@ -10,6 +10,7 @@ Scale rules (float32 throughout, ties to even as numpy.rint does):
 2. asymmetric: the range is widened to hold 0; scale = (max - min) / (2**bits - 1); zero_point = rint(-min / scale).
 3. a group of zeros has scale 0 and code z (symmetric) or 0 (asymmetric, zero point 0).
 4. a width that is no multiple of group_size is padded with zeros: the tail group sees [w..., 0, ...].
+5. half scales: the scale is rounded so that the kernel's scale (scale / 2**shift) is a float16, before zero point and codes are chosen.
 
 Worked case, 4 bits symmetric, group [-8, 4, 2, 0]: extreme -8 -> scale 1.0, codes [0, 12, 10, 8].
 """
@@ -49,16 +50,25 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
     middle, top = 1 << (scheme.bits - 1), (1 << scheme.bits) - 1
     if scheme.symmetric:  # rule 1
         low, high = blocks.min(axis=2), blocks.max(axis=2)
-        scales = np.where(high >= -low, high, low) / np.float32(-middle)
+        scales = storable(np.where(high >= -low, high, low) / np.float32(-middle), scheme)
         zero_points = np.full(scales.shape, middle, np.uint8)
     else:  # rule 2
         low = np.minimum(blocks.min(axis=2), np.float32(0))
         high = np.maximum(blocks.max(axis=2), np.float32(0))
-        scales = (high - low) / np.float32(top)
+        scales = storable((high - low) / np.float32(top), scheme)
         zero_points = np.rint(-low * reciprocal(scales)).clip(0, top).astype(np.uint8)
     steps = (blocks * reciprocal(scales)[..., None]).astype(np.float64)  # float64 holds step + zero point exactly: one rounding
     codes = np.rint(steps + zero_points[..., None]).clip(0, top).astype(np.uint8).reshape(rows, -1)
     return Quantized(codes, scales, None if scheme.symmetric else zero_points, scheme, width)
+
+
+def storable(scales: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """Rule 5: the nearest scales that the file can hold, float32. 4 bits, 0.1 -> 0.09997559 with half scales. Beyond float16's range: its largest."""
+    if not scheme.half_scales:
+        return scales
+    step = np.float32(1 << scheme.shift)
+    most = np.float32(np.finfo(np.float16).max)
+    return (scales / step).clip(-most, most).astype(np.float16).astype(np.float32) * step
 
 
 def reciprocal(scales: np.ndarray) -> np.ndarray:

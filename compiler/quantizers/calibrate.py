@@ -96,13 +96,14 @@ class BlockStream:
     """The decoder of a checkpoint over token windows, one filled block at a time.
 
     windows  int64 [count, length], all of one length
+    table    what becomes of rows of the embedding, float32 [n, width], before they enter; None: nothing
 
     Iterate `blocks()`; whatever the visitor puts into a block (`Block.replace`) is what the next blocks see. Afterwards `head_inputs()`
     are the inputs of lm_head. Raises ArchitectureError for a model without `model.layers`, CheckpointError for missing tensors.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: np.ndarray) -> None:
-        self.checkpoint, self.windows = checkpoint, windows
+    def __init__(self, checkpoint: Checkpoint, windows: np.ndarray, table: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        self.checkpoint, self.windows, self.table = checkpoint, windows, table
         self.model = skeleton(checkpoint.config, "text-generation", checkpoint.origin)
         base = getattr(self.model, "model", None)
         if not hasattr(base, "layers"):
@@ -149,7 +150,8 @@ class BlockStream:
         used, places = np.unique(self.windows, return_inverse=True)
         embedding, table = self.base.embed_tokens, self.views["model.embed_tokens.weight"]
         embedding.padding_idx = None
-        embedding.weight = torch.nn.Parameter(torch.from_numpy(picked_rows(table, used)), requires_grad=False)
+        rows = picked_rows(table, used)
+        embedding.weight = torch.nn.Parameter(torch.from_numpy(rows if self.table is None else self.table(rows)), requires_grad=False)
         kwargs: list[dict[str, Any]] = []
 
         def skip(hidden: torch.Tensor, *_: Any, **given: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from compiler.quantizers.affine import reciprocal
+from compiler.quantizers.affine import reciprocal, storable
 from compiler.quantizers.pack import Packed, nibbles
 from compiler.scheme import Scheme
 
@@ -25,7 +25,7 @@ def quantize(weight: np.ndarray, scheme: Scheme, threads: int = 2) -> Packed:
     rows, width = weight.shape
     size = scheme.group_size
     groups = -(-width // size)
-    codes = np.empty((rows, groups * size * scheme.bits // 8), np.uint8)
+    codes = np.empty((rows, groups * size * scheme.kernel_bits // 8), np.uint8)
     scales = np.empty((rows, groups), np.float32)
     zero_points = None if scheme.symmetric else np.empty((rows, groups), np.uint8)
     step = max(1, CACHE_BYTES // (4 * groups * size))
@@ -45,7 +45,7 @@ def quantize(weight: np.ndarray, scheme: Scheme, threads: int = 2) -> Packed:
     else:
         for start in starts:
             work(start)
-    if zero_points is not None and scheme.bits == 4:
+    if zero_points is not None and scheme.kernel_bits == 4:
         zero_points = nibbles(zero_points)
     return Packed(codes.reshape(rows, groups, -1), scales, zero_points)
 
@@ -53,26 +53,28 @@ def quantize(weight: np.ndarray, scheme: Scheme, threads: int = 2) -> Packed:
 def _quantize_block(blocks: np.ndarray, scheme: Scheme, out: tuple[np.ndarray, np.ndarray, np.ndarray | None]) -> None:
     """float32 [n, group_size] into slices of the packed codes, scales and (unpacked) zero points.
 
-    The block is turned to [group_size, n] once, so that every step is a long vector operation. No lower clip is needed:
-    the smallest value of a group lands on code 0 by construction; the largest may round up to `top` + 1.
+    The block is turned to [group_size, n] once, so that every step is a long vector operation. Only half scales need a
+    clip on both sides: else the smallest value of a group lands on code 0 by construction; the largest may round up to `top` + 1.
     """
     codes_out, scales_out, zeros_out = out
     middle, top = 1 << (scheme.bits - 1), (1 << scheme.bits) - 1
     turned = np.ascontiguousarray(blocks.T)
     low, high = turned.min(axis=0), turned.max(axis=0)
     if scheme.symmetric:
-        scales = np.where(high >= -low, high, low) / np.float32(-middle)
+        scales = storable(np.where(high >= -low, high, low) / np.float32(-middle), scheme)
         zeros = np.full(scales.shape, middle, np.float32)
     else:
         low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-        scales = (high - low) / np.float32(top)
+        scales = storable((high - low) / np.float32(top), scheme)
         zeros = np.rint(-low * reciprocal(scales)).clip(0, top)
     if zeros_out is not None:
-        zeros_out[...] = zeros.reshape(zeros_out.shape)
-    scales_out[...] = scales.reshape(scales_out.shape)
+        zeros_out[...] = zeros.reshape(zeros_out.shape) * (1 << scheme.shift)
+    scales_out[...] = scales.reshape(scales_out.shape) / np.float32(1 << scheme.shift)
     turned *= reciprocal(scales)
     turned += zeros + ROUND  # rounds, and leaves the code in the low mantissa bits
-    codes = np.minimum(turned.view(np.uint32).astype(np.uint16) & 0x1FF, top).astype(np.uint8)
-    if scheme.bits == 4:
+    if scheme.half_scales:
+        np.clip(turned, ROUND, ROUND + top, out=turned)
+    codes = np.minimum(turned.view(np.uint32).astype(np.uint16) & 0x1FF, top).astype(np.uint8) << scheme.shift
+    if scheme.kernel_bits == 4:
         codes = codes[0::2] | (codes[1::2] << 4)
     codes_out.reshape(blocks.shape[0], -1)[...] = codes.T

@@ -22,7 +22,7 @@ def calibration_set(path: Path | None) -> EvaluationSet:
     The built-in set is other text than the built-in evaluation text: a score on what was calibrated on would flatter.
     """
     if path is not None:
-        return load_rows(path)
+        return load_rows(path, place="quantize.calibration")
     data = resources.files("compiler").joinpath("data/calibration.txt").read_bytes()
     return EvaluationSet((Row(text=data.decode()),), hashlib.sha256(data).hexdigest(), "builtin")
 

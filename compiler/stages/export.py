@@ -16,6 +16,7 @@ from typing import Any
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme
+from compiler.stages.quantize import codes_in
 from compiler.store import writing
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -55,6 +56,10 @@ def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, 
         return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
     from compiler.graph.encoder import infer_task
 
+    if schemes.default.kernel == "nbits" and (schemes.default.shift or schemes.default.half_scales):
+        raise RecipeError(
+            "quantize.scheme", expected="4 or 8 bits with float32 scales for an encoder", found=str(schemes.default), remedy="use int4-g32 or int8"
+        )
     return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": task or infer_task(checkpoint), "max_length": max_length}
 
 
@@ -79,8 +84,10 @@ def _refuse_dynamic(schemes: list[Scheme]) -> None:
         )
 
 
-def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None = None) -> dict[str, Any]:
     """Fill `directory` with graph, weights, configs and tokenizer; returns {"model": ..., "layers": [...]} and writes it as export.json.
+
+    codes  a folder of the quantize step (decoders); None: everything is rounded to nearest as it streams
 
     Raises ArchitectureError, CheckpointError or OutputError.
     """
@@ -90,7 +97,10 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     require_tokenizer(checkpoint)
     schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
     with writing(directory):
-        summary = (_decoder if options["road"] == DECODER else _encoder)(checkpoint, schemes, options, directory, report)
+        if options["road"] == DECODER:
+            summary = _decoder(checkpoint, schemes, options, directory, report, codes)
+        else:
+            summary = _encoder(checkpoint, schemes, options, directory, report)
         require_clean(directory / "model.onnx")
         for name in (*CARRIED, *LICENCES):
             if name in checkpoint.assets:
@@ -100,10 +110,11 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     return summary
 
 
-def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None) -> dict[str, Any]:
     from compiler.graph.decoder import export_decoder
 
-    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report)
+    given = codes_in(codes) if codes is not None else None
+    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report, codes_of=given)
     model = {
         "kind": DECODER,
         "family": checkpoint.config["model_type"],

@@ -64,7 +64,7 @@ BAD = {
     "NaN limit": (GOOD.replace("105", ".nan"), r"targets.0.limits.size_mb: expected a finite number"),
     "infinite limit": (GOOD.replace("105", ".inf"), r"targets.0.limits.size_mb: expected a finite number"),
     "text limit": (GOOD.replace("105", "small"), r"targets.0.limits.size_mb: expected a valid number"),
-    "unknown scheme": (GOOD.replace("int4-g32-asym", "int3-g32"), r"quantize.scheme: expected int4-gN"),
+    "unknown scheme": (GOOD.replace("int4-g32-asym", "int9-g32"), r"quantize.scheme: expected intB-gN"),
     "unknown layer scheme": (GOOD.replace("int8-g32", "int9"), r"quantize.layers.lm_head"),
     "missing base": (GOOD.replace("base: models/base\n", ""), r"recipe.yaml: base: expected this key"),
     "duplicate key": (GOOD + "name: other\n", r"recipe.yaml:\d+:1: expected plain YAML, found key 'name' appears twice"),
@@ -74,7 +74,7 @@ BAD = {
     "broken": ("name: [\n", r"expected plain YAML"),
     "same target twice": (GOOD + "  - profile: here\n", r"'here' twice"),
     "bad name": (GOOD.replace("support-assistant", "../../etc"), r"recipe.yaml: name"),
-    "unbuilt method": (GOOD.replace("scheme: int4-g32-asym,", "scheme: int4-g32-asym, method: gptq,"), r"quantize.method: expected 'rtn'"),
+    "unknown method": (GOOD.replace("scheme: int4-g32-asym,", "scheme: int4-g32-asym, method: awq,"), r"quantize.method: expected 'rtn'"),
 }
 
 

@@ -26,7 +26,7 @@ from compiler.quantizers import affine
 from compiler.scheme import Scheme, Schemes, parse_scheme
 
 Make = Callable[..., Checkpoint]
-SCHEMES = ["int4-g32", "int4-g32-asym", "int4-g64", "int8-g64", "int8-g32-asym", "int4-g128"]
+SCHEMES = ["int4-g32", "int4-g32-asym", "int4-g64", "int8-g64", "int8-g32-asym", "int4-g128", "int3-g32-asym", "int5-g32-asym-s16", "int6-g64-s16", "int7-g32"]
 IDS = np.array([[3, 44, 7, 7, 21, 0, 49]], np.int64)
 
 
@@ -91,7 +91,7 @@ def test_quantized_graph_follows_the_dequantized_model(text: str, tmp_path: Path
     assert lint(ir.load(tmp_path / "q" / "model.onnx")) == []
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "int8-g64-asym", "fp32", "fp16"])
+@pytest.mark.parametrize("text", ["int4-g32", "int8-g64-asym", "int5-g32-asym-s16", "fp32", "fp16"])
 def test_tied_table_is_stored_once(text: str, tmp_path: Path, make_checkpoint: Make) -> None:
     sizes, found = {}, {}
     for tied in (True, False):

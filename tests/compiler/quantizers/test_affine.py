@@ -9,7 +9,10 @@ from compiler.quantizers import affine, nbits
 from compiler.quantizers.pack import nibbles, pack
 from compiler.scheme import Scheme, parse_scheme
 
-SCHEMES = ["int4-g32", "int4-g32-asym", "int4-g64", "int4-g128-asym", "int8-g32", "int8-g64-asym", "int8-g128"]
+SCHEMES = [
+    *("int4-g32", "int4-g32-asym", "int4-g64", "int4-g128-asym", "int8-g32", "int8-g64-asym", "int8-g128"),
+    *("int2-g32-asym", "int3-g32", "int5-g32-s16", "int6-g64-asym-s16", "int7-g32"),
+]
 
 
 def test_worked_case_of_the_docstring():
@@ -57,8 +60,8 @@ def test_error_is_at_most_half_a_step_inside_the_range(text):
     weight = np.random.default_rng(1).standard_normal((64, 500)).astype(np.float32)
     quantized = affine.quantize(weight, scheme)
     step = np.abs(quantized.scales).repeat(scheme.group_size, axis=1)[:, :500]
-    # A symmetric grid has no code at +8 steps, so the element opposite to the extreme may lose a full step.
-    assert np.all(np.abs(affine.dequantize(quantized) - weight) <= step * (1.0 if scheme.symmetric else 0.51))
+    # A symmetric grid has no code at +8 steps, so the element opposite to the extreme may lose a full step; a scale rounded to float16 moves the ends a little.
+    assert np.all(np.abs(affine.dequantize(quantized) - weight) <= step * (1.02 if scheme.symmetric else 0.53))
 
 
 def test_more_bits_never_hurt():

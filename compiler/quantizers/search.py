@@ -1,0 +1,78 @@
+"""Scales that lose least: a grid of shrunken ranges for each group, then least squares for the codes found.
+
+For a group of weights w with importances h >= 0 (the diagonal of the input second moment, or ones) the loss is
+
+    sum_j h[j] (w[j] - (code[j] - zero_point) scale)^2
+
+1. candidates: the round-to-nearest range shrunk by each factor of SHRINK; with zero points also the neighbours of the rounded one
+2. the scale is refitted to each candidate's codes, scale = sum(h w u) / sum(h u^2) with u = code - zero_point, and the codes to it once more
+3. the candidate of least loss wins; plain round-to-nearest is one of them, so the loss is never above it
+
+Source: the searches of llama.cpp's k-quants (ggml-quants.c, make_qkx2_quants) and of OmniQuant (arXiv 2308.13137) are of this kind.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compiler.quantizers import affine
+from compiler.quantizers.affine import Quantized, reciprocal, storable
+from compiler.scheme import Scheme
+
+SHRINK = tuple(np.linspace(1.0, 0.7, 13))
+ROWS = 256  # rows searched at a time, so that temporaries stay small
+
+
+def quantize(weight: np.ndarray, scheme: Scheme, importance: np.ndarray | None = None) -> Quantized:
+    """float32 [rows, width] by rules 1-3. importance: float32 [width], None for ones. Raises ValueError as `affine.quantize` does."""
+    parts = [_search(weight[start : start + ROWS], scheme, importance) for start in range(0, len(weight), ROWS)]
+    zero_points = None if scheme.symmetric else np.concatenate([part.zero_points for part in parts if part.zero_points is not None])
+    return Quantized(np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]), zero_points, scheme, weight.shape[1])
+
+
+def _search(weight: np.ndarray, scheme: Scheme, importance: np.ndarray | None) -> Quantized:
+    plain = affine.quantize(weight, scheme)
+    rows, groups = plain.scales.shape
+    blocks = grouped(weight, scheme)
+    heavy = np.ones(weight.shape[1], np.float32) if importance is None else importance.astype(np.float32) + np.float32(1e-6) * importance.mean()
+    heavy = grouped(heavy[None], scheme)
+    middle, top = np.float32(1 << (scheme.bits - 1)), np.float32((1 << scheme.bits) - 1)
+    zeros = np.full((rows, groups), middle, np.float32) if plain.zero_points is None else plain.zero_points.astype(np.float32)
+    best = [plain.scales, zeros, _loss(blocks, heavy, plain.scales, zeros, top)]
+    shifts = (0.0,) if scheme.symmetric else (-1.0, 0.0, 1.0)
+    for factor in SHRINK:
+        for shift in shifts:
+            scales = plain.scales * np.float32(factor)
+            moved = zeros if scheme.symmetric else (zeros + np.float32(shift)).clip(0, top)
+            scales = storable(refit(blocks, heavy, scales, moved, top), scheme)  # rule 2
+            loss = _loss(blocks, heavy, scales, moved, top)
+            better = loss < best[2]
+            best = [np.where(better, new, old) for new, old in zip((scales, moved, loss), best, strict=True)]
+    codes = codes_for(blocks, best[0], best[1], top).astype(np.uint8).reshape(rows, -1)
+    return Quantized(codes, best[0], None if scheme.symmetric else best[1].astype(np.uint8), scheme, weight.shape[1])
+
+
+def grouped(values: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """float32 [rows, width] -> [rows, groups, group_size], zeros behind the tail."""
+    size = scheme.group_size or 1
+    padded = np.zeros((len(values), -(-values.shape[1] // size) * size), np.float32)
+    padded[:, : values.shape[1]] = values
+    return padded.reshape(len(values), -1, size)
+
+
+def codes_for(blocks: np.ndarray, scales: np.ndarray, zeros: np.ndarray, top: np.float32) -> np.ndarray:
+    """Nearest codes, float32 [rows, groups, group_size]."""
+    return np.rint(blocks * reciprocal(scales)[..., None] + zeros[..., None]).clip(0, top)
+
+
+def refit(blocks: np.ndarray, heavy: np.ndarray, scales: np.ndarray, zeros: np.ndarray, top: np.float32) -> np.ndarray:
+    """The scale of least loss for the codes that `scales` gives; the old one where a group has only zeros."""
+    steps = codes_for(blocks, scales, zeros, top) - zeros[..., None]
+    weighted = heavy * steps
+    above, below = (weighted * blocks).sum(axis=2), (weighted * steps).sum(axis=2)
+    return np.where(below > 0, above / np.maximum(below, np.finfo(np.float32).tiny), scales).astype(np.float32)
+
+
+def _loss(blocks: np.ndarray, heavy: np.ndarray, scales: np.ndarray, zeros: np.ndarray, top: np.float32) -> np.ndarray:
+    error = (codes_for(blocks, scales, zeros, top) - zeros[..., None]) * scales[..., None] - blocks
+    return (heavy * error * error).sum(axis=2)
