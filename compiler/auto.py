@@ -37,11 +37,11 @@ from targets.errors import TargetError
 from targets.predict import Conditions, predict
 from targets.profile import Profile
 
-CHOICES = tuple(
-    parse_scheme(text) for text in ("int4-g128-asym", "int4-g64", "int4-g64-asym", "int4-g32", "int4-g32-asym", "int8-g128", "int8-g64", "int8-g32")
-)
-PROBED = parse_scheme("int4-g64-asym")
-DEFAULT = parse_scheme("int4-g32-asym")
+FOUR_BITS = ("int3-g32-asym-s16", "int4-g128-asym-s16", "int4-g64-asym-s16", "int4-g32-asym-s16")  # run on the 4-bit kernel
+EIGHT_BITS = ("int5-g64-asym-s16", "int5-g32-asym-s16", "int6-g64-s16", "int6-g32-s16", "int8-g128-s16", "int8-g64-s16", "int8-g32-s16")
+CHOICES = tuple(parse_scheme(text) for text in (*FOUR_BITS, *EIGHT_BITS))
+PROBED = parse_scheme("int4-g64-asym-s16")
+DEFAULT = parse_scheme("int4-g32-asym-s16")
 WINDOWS, LENGTH = 4, 256  # calibration: windows of tokens
 SENSITIVITY_VERSION = 1
 ROUNDS = 3

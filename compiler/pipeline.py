@@ -47,11 +47,12 @@ def _recipe_data(recipe: Recipe) -> EvaluationSet:
 
 def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
-    options = export_stage.resolve_options(sources.merged, schemes or recipe.quantize.schemes, recipe.task, recipe.max_length)
+    schemes = schemes or recipe.quantize.schemes
+    options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
-        quantize = resolve_method(sources.merged, recipe.quantize.schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
     elif recipe.quantize.method != "rtn":
         raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
     return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
@@ -60,10 +61,13 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 def _calibration(recipe: Recipe) -> EvaluationSet | None:
     """The text that a calibrated method runs through the model; None where no method asks for any."""
     from compiler.quantizers.methods import METHODS
+
+    return _calibration_text(recipe) if METHODS[recipe.quantize.method].calibrated else None
+
+
+def _calibration_text(recipe: Recipe) -> EvaluationSet:
     from compiler.quantizers.windows import calibration_set
 
-    if not METHODS[recipe.quantize.method].calibrated:
-        return None
     named = recipe.quantize.calibration
     return calibration_set(None if named == "builtin" else recipe.folder / named)
 
@@ -75,7 +79,7 @@ def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
 
 
 def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, store: Store) -> dict[str, Any]:
-    profile, chosen, schemes = _profile(recipe, target), None, None
+    profile, chosen = _profile(recipe, target), None
     if recipe.quantize.auto:
         step = _sensitivity_step(recipe, sources)
         measured = auto.stored_sensitivity(step, store)
@@ -96,13 +100,7 @@ def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
-    return auto.sensitivity_step(sources.identity, _calibration_rows().digest, recipe.seed)
-
-
-def _calibration_rows() -> EvaluationSet:
-    from compiler.quantizers.windows import calibration_set
-
-    return calibration_set(None)
+    return auto.sensitivity_step(sources.identity, _calibration_text(recipe).digest, recipe.seed)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = ()) -> list[Outcome]:
@@ -134,7 +132,7 @@ class Run:
         step = _sensitivity_step(self.recipe, self.sources)
         cached = self.store.get(step.key) is not None
         with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
-            found = auto.measured_sensitivity(self.sources.merged, step, _calibration_rows(), self.store, self.progress.update, self.recipe.seed)
+            found = auto.measured_sensitivity(self.sources.merged, step, _calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed)
         chooser = auto.Chooser(self.sources.merged, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:

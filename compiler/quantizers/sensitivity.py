@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.quantizers import affine
+from compiler.quantizers import affine, nbits
 from compiler.quantizers.moments import output_error
+from compiler.quantizers.pack import unpack
 from compiler.reference import reference_model
 from compiler.scheme import Scheme, matrix_name
 
@@ -80,8 +81,7 @@ def sensitivity(checkpoint: Checkpoint, windows: np.ndarray, choices: Sequence[S
     for done, matrix in enumerate(model.linears):
         weight = model.weight(matrix)
         for scheme in choices:
-            change = affine_error(weight, scheme)
-            errors[matrix, str(scheme)] = output_error(change, moments[matrix])
+            errors[matrix, str(scheme)] = output_error(rounded(weight, scheme) - weight, moments[matrix])
         report("matrices rounded every way", done + 1, len(model.linears))
     factor: dict[str, float] = {}
     kinds = sorted({kind_of(matrix) for matrix in model.linears})
@@ -96,9 +96,9 @@ def sensitivity(checkpoint: Checkpoint, windows: np.ndarray, choices: Sequence[S
     return Sensitivity(rows, slopes, factor)
 
 
-def affine_error(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """dW of rounding, float32 [rows, width]."""
-    return affine.dequantize(affine.quantize(weight, scheme)) - weight
+def rounded(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """The weights that codes rounded to nearest stand for, float32 [rows, width]."""
+    return affine.dequantize(unpack(nbits.quantize(weight, scheme), scheme, weight.shape[1]))
 
 
 def kind_of(matrix: str) -> str:
@@ -139,7 +139,7 @@ class Model:
         kept = []
         for linear in (linear for matrix in matrices for linear in self.linears[matrix]):
             kept.append((linear, linear.weight.data.clone()))
-            linear.weight.data.copy_(torch.from_numpy(affine.dequantize(affine.quantize(linear.weight.data.numpy(), scheme))))
+            linear.weight.data.copy_(torch.from_numpy(rounded(linear.weight.data.numpy(), scheme)))
         found = []
         for window, reference in zip(self.windows, self.reference, strict=True):
             found.append(float((reference.exp() * (reference - self.log_probabilities(window))).sum(-1).mean()))
