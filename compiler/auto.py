@@ -34,8 +34,10 @@ from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.store import Store
 from compiler.workload import MatrixUse, matrices, workload
 from targets.errors import TargetError
-from targets.predict import Conditions, predict
+from targets.kernels import Point
+from targets.predict import Clock, Conditions, predict
 from targets.profile import Profile
+from targets.table import KernelTable
 
 FOUR_BITS = ("int3-g32-asym-s16", "int4-g128-asym-s16", "int4-g64-asym-s16", "int4-g32-asym-s16")  # run on the 4-bit kernel
 EIGHT_BITS = ("int5-g64-asym-s16", "int5-g32-asym-s16", "int6-g64-s16", "int6-g32-s16", "int8-g128-s16", "int8-g64-s16", "int8-g32-s16")
@@ -167,13 +169,15 @@ class Chooser:
         twice = use.name == "lm_head" and bool(self.merged.config.get("tie_word_embeddings"))
         return (use.resident_bytes + (use.bytes if twice else 0)) / 1e6
 
-    def _times(self, use: MatrixUse) -> tuple[float, float]:
-        """(ms a token, ms a prompt) of one matrix, by the prediction of a model that is this matrix alone."""
-        from targets.predict import Operator, Workload
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock(self.profile, KernelTable(self.profile.kernels))
 
-        alone = Workload("decoder", (Operator(use.case(), last=use.name == "lm_head"),), 0, 0)
-        figures = predict(alone, replace(self.profile, run_us=None), Conditions()).figures
-        return figures["tpot_ms"].value, figures["ttft_ms"].value
+    def _times(self, use: MatrixUse) -> tuple[float, float]:
+        """(ms a token, ms a prompt) of one matrix under the usual conditions."""
+        case, tokens = use.case(), Conditions().prompt_tokens
+        token = self.clock.us(case, Point(1)) / 1e3
+        return token, token if use.name == "lm_head" else self.clock.us(case, Point(tokens)) / 1e3
 
     def inside(self) -> dict[str, float]:
         """Rule 2: limits on the sum over items. Raises TargetError for a latency limit on a profile without a kernel table."""

@@ -242,6 +242,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @cli.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
+@click.option("--adapter", metavar="NAME", default="", help="Answer with this unmerged adapter of the bundle; default: the base alone.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
@@ -255,6 +256,7 @@ def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> Non
     \b
     Example:
       trimtab run out/support-assistant-here "Coolant is dripping under lathe 3."
+      trimtab run out/tenants-here "Coolant is dripping under lathe 3." --adapter support
     """
     from compiler.commands import run_bundle
 

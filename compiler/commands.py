@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from compiler.errors import BundleError, CheckpointError
+from compiler.errors import BundleError, CheckpointError, TrimtabError
 from compiler.progress import Progress
 
 
@@ -19,16 +19,20 @@ def run_bundle(directory: Path, prompt: str, as_json: bool, options: Mapping[str
 
     bundle = open_bundle(directory)
     if bundle.kind == "encoder":
+        if options["adapter"]:
+            remedy = "leave --adapter out: an encoder's deltas are merged"
+            raise TrimtabError("--adapter", expected="a decoder with unmerged adapters", found="an encoder", remedy=remedy)
         _print_encoding(bundle, prompt, as_json)
         return
     from runtimes.generate import Generator, Options
     from runtimes.sampling import Sampling
+    from runtimes.session import SessionSettings
 
-    generator = Generator(bundle)
+    generator = Generator(bundle, SessionSettings(flush_denormals=True))
     chat = not options["raw"] and generator.has_chat_template
     wanted: Any = [{"role": "user", "content": prompt}] if chat else prompt
     sampling = Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"], seed=options["seed"])
-    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling)
+    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling, adapter=options["adapter"])
     if as_json:
         (answer,) = generator.generate([wanted], settings)
         row = {"text": answer.text, "token_ids": list(answer.token_ids), "finish": answer.finish, "prompt_tokens": answer.prompt_tokens}
@@ -103,10 +107,15 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "size_mb": round(bundle.size_bytes / 1e6, 2),
         "base": lineage["base"]["origin"],
         "deltas": [f"{row['origin']} ({row['kind']}, weight {row['weight']}, {row['touched']} tensors)" for row in lineage["deltas"]],
+        **({"adapters": [_adapter_line(row) for row in model["adapters"]]} if model.get("adapters") else {}),
         "digest": manifest["digest"],
         "files": len(bundle.files),
         "prediction": foresee_bundle(folder, load_profile("here")),
     }
+
+
+def _adapter_line(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} (rank {row['rank']} at most, {len(row['matrices'])} matrices, {row['bytes'] / 1e6:.2f} MB)"
 
 
 def _describe_adapter(path: str) -> dict[str, Any]:

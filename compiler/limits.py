@@ -44,6 +44,11 @@ ROWS = (
 BY_NAME = {row.name: row for row in ROWS}
 
 
+def plain(name: str) -> str:
+    """The quantity of a measurement of one unmerged adapter: `kl_mean@support` -> `kl_mean`; any other name as it is."""
+    return name.split("@")[0]
+
+
 def quantity(name: str, place: str) -> Quantity:
     """The row of a limit's name. Raises RecipeError naming the nearest known quantity."""
     if match := PERCENTILE.fullmatch(name):

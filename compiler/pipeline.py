@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compiler import auto, judge
+from compiler import attached, auto, judge
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
 from compiler.foresight import foresee
@@ -49,6 +49,7 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
     """schemes: chosen for this target where the recipe says auto."""
     schemes = schemes or recipe.quantize.schemes
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
+    attached.check(sources, options)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
@@ -91,7 +92,8 @@ def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: Tar
     schemes = chosen.schemes if chosen else recipe.quantize.schemes
     plan = _plan(recipe, sources, data, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
-    row = {"name": plan.name, "target": plan.target, "predicted_size_mb": predicted_bytes(sources.merged, schemes, every_matrix=not decoder) / 1e6}
+    size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
+    row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
     row |= {"prediction": foresee(sources.merged, schemes, decoder, profile), "steps": plan.rows(store)}
     return row | ({"chosen": chosen.as_dict()} if chosen else {})
 
@@ -147,8 +149,8 @@ class Run:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
         plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        codes, quantized = self._quantize(plan)
-        exported, export_record = self._export(plan, codes)
+        codes, quantized = self._quantize(plan, self.sources)
+        exported, export_record = self._export(plan, self.sources, codes)
         evaluation, evaluate_record = self._evaluate(plan, exported)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
         records = [merged, *quantized, export_record, evaluate_record]
@@ -165,9 +167,23 @@ class Run:
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
+            document["adapters"] = self._cost(item, profile, work, summary["model"])
             return _finish(work, place, document, facts, verdict)
 
-    def _quantize(self, plan: Plan) -> tuple[Path | None, list[Record]]:
+    def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
+        name = attached.heaviest(model)
+        if not name:
+            return []
+        twin = self.sources.attached[name]
+        plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
+        exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
+        with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
+            package.assemble(exported, merged)
+            package.write_manifest(merged, {"name": name, "model": json.loads((exported / export_stage.SUMMARY).read_text())["model"]})
+            return attached.cost_rows(work, merged, name, judge.threads(profile), self.progress.update)
+
+    def _quantize(self, plan: Plan, sources: Sources) -> tuple[Path | None, list[Record]]:
         """Codes of quantizers that look at more than a row block; nothing where the export rounds to nearest as it streams."""
         step, watch = next((step for step in plan.steps if step.stage == "quantize"), None), Stopwatch()
         if step is None:
@@ -177,32 +193,35 @@ class Run:
         with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    quantize_matrices(self.sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
-        read = [self.sources.merged.digest]
+                    quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
+        read = [sources.merged.digest]
         record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
         return self.store.place(step.key), [record]
 
-    def _export(self, plan: Plan, codes: Path | None) -> tuple[Path, Record]:
+    def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(self.sources.merged, step.params, work, self.progress.update, codes)
+                    export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
-        record = Record("export", step.key, [self.sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        record = Record("export", step.key, [sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
         return place, record
 
     def _evaluate(self, plan: Plan, exported: Path) -> tuple[dict[str, Any], Record]:
-        from compiler.evaluation.run import evaluate
+        from compiler.evaluation.run import evaluate, evaluate_attached
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
-                base = self.sources.merge.base if self.recipe.deltas.items else None
-                result = evaluate(self.sources.merged, base, exported, self.data, self.progress.update, self.recipe.seed)
+                base, how = self.sources.merge.base, (exported, self.data, self.progress.update, self.recipe.seed)
+                if self.sources.attached:
+                    result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
+                else:
+                    result = evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
                 with self.store.make(step.key) as work:
                     (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
         place = cached or self.store.place(step.key)

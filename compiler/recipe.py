@@ -60,7 +60,10 @@ class DeltaItem(Part):
 
 
 class Deltas(Part):
-    """The trained deltas; a bare list is short for {items: [...]}. only, scale: of all of them, each one's own come after."""
+    """The trained deltas; a bare list is short for {items: [...]}. only, scale: of all of them, each one's own come after.
+
+    mode  merged into the base, or attached: each one a file beside it, by its name, that a request chooses
+    """
 
     mode: Literal["merged", "attached"] = "merged"
     only: Sequence[str] = ()
@@ -69,9 +72,9 @@ class Deltas(Part):
 
     @model_validator(mode="after")
     def consistent(self) -> Deltas:
-        if self.mode == "attached":
-            raise RecipeError("deltas.mode", expected="merged", found="'attached', which is not built yet", remedy="remove mode, or write mode: merged")
-        names = [item.called for item in self.items]
+        if self.mode == "attached" and not self.items:
+            raise RecipeError("deltas.mode", expected="items to attach", found="none", remedy="add items, or remove mode")
+        names = [item.called.casefold() for item in self.items]  # names of files, where they are attached
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise RecipeError("deltas", expected="a name of its own for each delta", found=f"{twice!r} twice", remedy="give one of them another `name`")
@@ -176,6 +179,13 @@ class Recipe(Part):
     seed: int = 0
 
     _folder: Path = Path()
+
+    @model_validator(mode="after")
+    def nothing_to_combine(self) -> Recipe:
+        if self.deltas.mode == "attached" and self.combine != CombineItem():
+            found = f"{self.combine.method!r} with deltas.mode attached"
+            raise RecipeError("combine", expected="nothing: attached deltas are not combined", found=found, remedy="remove combine, or mode")
+        return self
 
     @field_validator("deltas", mode="before")
     @classmethod

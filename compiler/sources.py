@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,14 @@ class DeltaSource:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What is to be merged. select: of all deltas together. folder: where relative paths start."""
+    """What is to be merged. select: of all deltas together. folder: where relative paths start. attached: each delta stays beside the base."""
 
     base: str
     deltas: Sequence[DeltaSource] = ()
     combine: Combine = LINEAR
     select: Selection = EVERYTHING
     folder: Path | None = None
+    attached: bool = False
 
     def __str__(self) -> str:
         return f"{self.base} + {len(self.deltas)} delta(s)"
@@ -57,6 +58,9 @@ class Mixture:
         """Open base and deltas and bind them; raises CheckpointError, DeltaError or RecipeError before any work."""
         base = open_checkpoint(self.base, relative_to=self.folder)
         deltas = [one.load(self.folder) for one in self.deltas]
+        if self.attached:
+            alone = {delta.name: plan_merge(base, [delta], LINEAR, self.select) for delta in deltas}
+            return Sources(plan_merge(base, [], LINEAR, self.select), base, {name: Sources(plan, plan.view()) for name, plan in alone.items()})
         merge = plan_merge(base, deltas, self.combine, self.select)
         return Sources(merge, merge.view() if deltas else base)
 
@@ -65,26 +69,32 @@ def mixture_of(recipe: Recipe) -> Mixture:
     """What a recipe asks to merge."""
     deltas = recipe.deltas
     items = tuple(DeltaSource(item.path, item.weight, item.called, item.select, item.accept_base) for item in deltas.items)
-    return Mixture(recipe.base, items, recipe.combine.checked, deltas.select, recipe.folder)
+    return Mixture(recipe.base, items, recipe.combine.checked, deltas.select, recipe.folder, deltas.mode == "attached")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Base and deltas, bound: the merged checkpoint is a view, nothing is read yet."""
+    """Base and deltas, bound: the merged checkpoint is a view, nothing is read yet.
+
+    attached  name -> base and one delta that stays unmerged; `merged` of the whole is then the base alone
+    """
 
     merge: MergePlan
     merged: Checkpoint
+    attached: Mapping[str, Sources] = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What determines the merged weights: contents and parameters, no names or paths."""
         record = self.merge.record()
         deltas = [{key: row[key] for key in IDENTITY} for row in record["deltas"]]
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"]}
+        alone = {"attached": {name: one.identity["deltas"] for name, one in self.attached.items()}} if self.attached else {}
+        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], **alone}
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
         record = self.merge.record()
         deltas = [{**{key: row[key] for key in LINEAGE}, "touched": len(row["tensors"])} for row in record["deltas"]]
+        deltas += [row for one in self.attached.values() for row in one.lineage["deltas"]]
         base = {"origin": self.merge.base.origin, "digest": self.merge.base.digest}
         return {"base": base, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], "notes": record["notes"]}

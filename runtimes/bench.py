@@ -1,7 +1,7 @@
 """Measure a bundle: load time, time to first token, time per output token, encode latency, peak memory.
 
     python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 256]
-                             [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--progress]
+                             [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--adapter NAME] [--progress]
 
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
 
@@ -52,7 +52,10 @@ REPORT_EVERY_S = 0.25
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's."""
+    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's.
+
+    adapter  the unmerged adapter that answers, "" for none
+    """
 
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -64,6 +67,7 @@ class BenchOptions:
     least: int = 20
     most: int = 2000
     seconds: float = 120.0
+    adapter: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +90,8 @@ class BenchOptions:
 
     def arguments(self) -> list[str]:
         """The same as a command line."""
-        words = [word for entry in fields(self) if entry.name != "limits" for word in (f"--{entry.name.replace('_', '-')}", str(getattr(self, entry.name)))]
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "limits"}
+        words = [word for name, value in given.items() if value != "" for word in (f"--{name.replace('_', '-')}", str(value))]
         return words + [word for name, value in self.limits.items() for word in ("--limit", f"{name}={value!r}")]
 
 
@@ -113,14 +118,17 @@ class BenchResult:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, float], None] | None = None) -> BenchResult:
-    """Measure in this process. peak_rss_mb is then this process's: for a bundle's own, use `measure_in_child`. Raises BundleError, TrimtabError."""
+def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, float], None] | None = None, *, alone: bool = False) -> BenchResult:
+    """Measure in this process; `alone`: it does nothing else, so denormals may be flushed as in serving.
+
+    peak_rss_mb is then this process's: for a bundle's own, use `measure_in_child`. Raises BundleError, TrimtabError.
+    """
     import onnxruntime  # noqa: F401  (imported before the clock starts: load_s is the bundle's, not Python's)
     import tokenizers  # noqa: F401
 
     bundle = open_bundle(directory)
     limits = options.parsed_limits()
-    settings = SessionSettings(threads=options.threads)
+    settings = SessionSettings(threads=options.threads, flush_denormals=alone)
     started = time.perf_counter()
     call = _decoder_call(bundle, settings, options) if bundle.kind == "decoder" else _encoder_call(bundle, settings, options)
     load_s = time.perf_counter() - started
@@ -224,7 +232,8 @@ def _decoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptio
         raise TrimtabError("prompt-tokens + new-tokens", expected=f"at most {generator.context_length}", found=found, remedy="measure with fewer tokens")
     allowed = np.array([token for token in range(generator.layout.vocab_size) if token not in generator.stop_ids])
     rng = np.random.default_rng(options.seed)
-    how = Options(max_new_tokens=options.new_tokens, ignore_eos=True, prefill_chunk=options.prefill_chunk)
+    how = Options(max_new_tokens=options.new_tokens, ignore_eos=True, prefill_chunk=options.prefill_chunk, adapter=options.adapter)
+    generator.adapters.values(options.adapter)  # read before the clock runs
 
     def request() -> dict[str, float]:
         prompt = rng.choice(allowed, options.prompt_tokens).tolist()
@@ -263,7 +272,7 @@ def _encoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptio
 
 def _conditions(kind: str, options: BenchOptions) -> dict[str, Any]:
     names = ("prompt_tokens", "new_tokens", "prefill_chunk", "batch", "seed") if kind == "decoder" else ("batch", "length", "seed")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in (*names, *(["adapter"] if options.adapter else []))}
 
 
 def _tests(names: Sequence[str], samples: Samples) -> list[dict[str, Any]]:
@@ -293,13 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=MS", help="e.g. ttft_p95_ms=400; sampling goes on until it is decided")
     for entry in fields(BenchOptions):
         if entry.name != "limits":
-            parser.add_argument(f"--{entry.name.replace('_', '-')}", type=float if entry.name == "seconds" else int, default=entry.default)
+            parser.add_argument(f"--{entry.name.replace('_', '-')}", type=type(entry.default), default=entry.default)
     given = vars(parser.parse_args(arguments))
     bundle, progress = given.pop("bundle"), given.pop("progress")
     given.pop("json")
     try:
         limits = dict(_limit(text) for text in given.pop("limit"))
-        result = measure(bundle, BenchOptions(**given, limits=limits), _progress() if progress else None)
+        result = measure(bundle, BenchOptions(**given, limits=limits), _progress() if progress else None, alone=True)
     except TrimtabError as error:
         kind = "BundleError" if isinstance(error, BundleError) else "TrimtabError"
         print(json.dumps({"error": {"kind": kind, "place": error.place, "expected": error.expected, "found": error.found, "remedy": error.remedy}}))

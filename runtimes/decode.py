@@ -14,7 +14,7 @@ Why it looks like this:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,14 @@ class DecodeLoop:
         self._cache: list[NDArray[Any]] = []
         self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)  # [batch] tokens in the cache, without padding
         self._capacity = 0
+        self._adapter: Mapping[str, Any] = {}
+
+    def use(self, adapter: Mapping[str, Any]) -> None:
+        """Bind the inputs of an adapter (`runtimes.adapters.Adapters.values`), from the next `start` on. The one in use costs nothing to choose again."""
+        if adapter is not self._adapter:
+            for name, value in adapter.items():
+                self._binding.bind_ortvalue_input(name, value)
+            self._adapter = adapter
 
     @property
     def capacity(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.chat import render_chat
 from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, read_layout
@@ -28,13 +29,19 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]  # text, a conversati
 
 @dataclass(frozen=True)
 class Options:
-    """How much to generate and how. stop: texts that end the answer and are not part of it. prefill_chunk: tokens per run of a prompt, 0 = all at once."""
+    """How much to generate and how.
+
+    stop           texts that end the answer and are not part of it
+    prefill_chunk  tokens per run of a prompt, 0 = all at once
+    adapter        the bundle's unmerged adapter to answer with, "" for the base alone
+    """
 
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prefill_chunk: int = PREFILL_CHUNK
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -106,6 +113,7 @@ class Generator:
         self.stop_ids = _stop_ids(genai, bundle.read_json("generation_config.json", optional=True))
         self._session = open_session(bundle.model_path, settings)
         self.layout = read_layout(self._session, genai, str(bundle.directory))
+        self.adapters = Adapters(bundle, self._session)
         self._idle: list[DecodeLoop] = []
 
     @classmethod
@@ -166,17 +174,17 @@ class Generator:
             for prompt, row in zip(ids, rows, strict=True)
         ]
 
-    def all_logits(self, ids: np.ndarray[Any, Any]) -> Floats:
+    def all_logits(self, ids: np.ndarray[Any, Any], adapter: str = "") -> Floats:
         """Teacher-forced logits [batch, tokens, vocab] for token ids [batch, tokens] (see DecodeLoop.all_logits)."""
-        loop = self._take()
+        loop = self._take(adapter)
         try:
             return loop.all_logits(ids)
         finally:
             self._idle.append(loop)
 
-    def next_logits(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Floats:
+    def next_logits(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK, adapter: str = "") -> Floats:
         """The logits [vocab] after token ids, read `chunk` at a time. Raises TrimtabError when there are none, or more than the context holds."""
-        loop = self._take()
+        loop = self._take(adapter)
         try:
             return loop.start([list(ids)], chunk=chunk)[0].copy()
         finally:
@@ -193,7 +201,7 @@ class Generator:
         started = time.perf_counter()
         rows = [_Row(self.tokenizer, prompt, options, self.context_length - len(prompt)) for prompt in prompts]
         sampler = Sampler(options.sampling, prompts, self.layout.vocab_size)
-        loop = self._take()
+        loop = self._take(options.adapter)
         try:
             logits = loop.start(prompts, chunk=options.prefill_chunk, expect_new=options.max_new_tokens)
             while True:
@@ -210,8 +218,11 @@ class Generator:
         finally:
             self._idle.append(loop)
 
-    def _take(self) -> DecodeLoop:
-        return self._idle.pop() if self._idle else DecodeLoop(self._session, self.layout, self.context_length)
+    def _take(self, adapter: str) -> DecodeLoop:
+        values = self.adapters.values(adapter)
+        loop = self._idle.pop() if self._idle else DecodeLoop(self._session, self.layout, self.context_length)
+        loop.use(values)
+        return loop
 
 
 def generate(directory: Path, prompts: Sequence[Prompt], options: Options | None = None, *, threads: int = 0) -> list[Generation]:

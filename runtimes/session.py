@@ -5,7 +5,13 @@ spinning     worker threads spin between operators. A decode step is some hundre
              Right for one tenant, wrong on a battery or a shared machine.
 sequential   one operator at a time: transformer graphs are chains, and parallel execution only splits the caches.
 mem pattern  off: it plans buffers for the shapes of an earlier run, and lengths change from call to call.
-denormals    flushed to zero only where asked: it changes results in the last bits.
+provider     a row of `runtimes.providers`; the CPU unless another is asked for.
+denormals    flushed to zero where a process does nothing but run a bundle (`trimtab run`, the child that measures): attention makes many, and an AMD Zen 3
+             decodes 1.06 to 1.12 times as fast without them. onnxruntime sets this for the calling thread for good, so a process that also merges or
+             evaluates leaves it alone.
+tried        each in processes of its own, 40 to 60 interleaved rounds, SmolLM2 int4-g64, 2 threads, context 0: pinned worker 1.02, spin duration 1 to 10 ms
+             1.02 to 1.15, spin backoff 1 to 64 0.98 to 1.08, dynamic_block_base 4 1.09 to 1.13, no arena 1.08, all of them beside flushed denormals 1.11:
+             nothing beyond the spread of the same settings run twice (0.91 to 1.14), so they keep their defaults.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtimes.providers import session_providers
 from targets.errors import BundleError
 from targets.machine import usable_cores
 
@@ -28,6 +35,7 @@ class SessionSettings:
     spinning: bool = True
     flush_denormals: bool = False
     use_arena: bool = True
+    provider: str = "cpu"
     profile_prefix: str = ""
 
     def resolved_threads(self) -> int:
@@ -35,13 +43,14 @@ class SessionSettings:
 
 
 def open_session(model_path: Path, settings: SessionSettings | None = None) -> Any:
-    """An onnxruntime.InferenceSession on the CPU. Raises BundleError, in one line, when the model does not load.
+    """An onnxruntime.InferenceSession. Raises BundleError, in one line, when the model does not load, TargetError for a provider that is not there.
 
     Warnings of onnxruntime are kept off the terminal (severity 3): what matters is checked by us and said in our words.
     """
     import onnxruntime
 
     settings = settings or SessionSettings()
+    providers = session_providers(settings.provider)
     if hasattr(onnxruntime, "disable_telemetry_events"):
         onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
@@ -60,7 +69,7 @@ def open_session(model_path: Path, settings: SessionSettings | None = None) -> A
     if not Path(model_path).is_file():
         raise BundleError(str(model_path), expected="an ONNX file", found="none", remedy=REMEDY)
     try:
-        return onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(model_path), options, providers=providers)
     except _load_errors() as error:
         raise BundleError(str(model_path), expected="a model that onnxruntime loads", found=_one_line(error), remedy=REMEDY) from error
 

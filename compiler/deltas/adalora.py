@@ -35,7 +35,12 @@ def _edit(adapter: Adapter, module: str, parts: Parts) -> Edit:
     alpha = float(adapter.config.get("lora_alpha", 8))
     scale = (alpha if alpha > 0 else first) / (first + 1e-5)
     flipped = bool(adapter.config.get("fan_in_fan_out"))
-    return Edit(f"{module}.weight", (b.shape[0], a.shape[1]), _change(a, b, e, scale, adapter.whole), transposes=True, flipped=flipped)
+    change = _change(a, b, e, scale, adapter.whole)
+
+    def factors(_: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return b.read() * (e.read().ravel() * np.float32(scale)), a.read()
+
+    return Edit(f"{module}.weight", (b.shape[0], a.shape[1]), change, transposes=True, flipped=flipped, factors=factors)
 
 
 def _change(a: TensorView, b: TensorView, e: TensorView, scale: float, whole: Whole) -> Change:

@@ -20,6 +20,8 @@ from compiler.errors import DeltaError
 
 # (first row, base rows float32 [n, ...], is the tensor stored transposed) -> difference at weight 1, float32 [n, ...]
 Change = Callable[[int, np.ndarray, bool], np.ndarray]
+# trained shape (out, in) -> left [out, r], right [r, in], float32: the difference at weight 1 is exactly their product
+Factors = Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]
 # (the base's whole tensor, is it stored transposed) -> the change to use on it
 Prepare = Callable[[TensorView, bool], Change]
 
@@ -38,6 +40,7 @@ class Edit:
     shape       the shape it was trained on: [out, in] for a linear weight; ANY where its file does not tell
     prepare     called once when the edit is bound, for a kind that reads or checks more of the base than the rows it is shown
     reads_base  the change depends on the base's rows, not only on how many there are
+    factors     the same change as a product of two thin matrices, for a kind that is one
     transposes  the base may hold it as [in, out] too (GPT-2's Conv1D)
     flipped     it was trained on such a tensor (`fan_in_fan_out`): decides for square weights
     replaces    the rows stand in place of the base's instead of being added; `change` then returns them, whatever base rows it is shown
@@ -55,6 +58,7 @@ class Edit:
     optional: bool = False
     reads_base: bool = False
     prepare: Prepare | None = field(default=None, repr=False)
+    factors: Factors | None = field(default=None, repr=False)
 
     def layout(self, shape: tuple[int, ...]) -> bool | None:
         """Is a base tensor of this shape transposed? None when it does not fit. (4, 3) trained, (3, 4) in the base -> True."""

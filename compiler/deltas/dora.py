@@ -40,7 +40,7 @@ def dora_edit(lora: Edit, magnitude: TensorView, place: str, by_columns: bool) -
     def prepare(tensor: TensorView, transposed: bool) -> Change:
         return _columns(lora, magnitude, tensor, place) if by_columns or transposed else rows
 
-    return replace(lora, change=rows, prepare=prepare, reads_base=True)
+    return replace(lora, change=rows, prepare=prepare, reads_base=True, factors=None)
 
 
 def _columns(lora: Edit, magnitude: TensorView, tensor: TensorView, place: str) -> Change:

@@ -122,7 +122,8 @@ def _edits(adapter: Adapter, factors: Factors) -> list[Edit]:
     else:
         change = linear_change(factors.a, factors.b, scale, adapter.whole)
         shape = (factors.b.shape[0], factors.a.shape[1])
-        weight = Edit(target, shape, change, transposes=True, flipped=bool(adapter.config.get("fan_in_fan_out")))
+        flipped = bool(adapter.config.get("fan_in_fan_out"))
+        weight = Edit(target, shape, change, transposes=True, flipped=flipped, factors=lambda _: (factors.b.read() * np.float32(scale), factors.a.read()))
     if factors.magnitude is not None:
         if adapter.config.get("ensure_weight_tying") and (factors.embedding or target.endswith(HEADS)):
             # the embedding's norms run down the columns, the head's along the rows: no one tensor is both

@@ -46,8 +46,11 @@ def _edit(adapter: Adapter, module: str, parts: Parts) -> Edit:
             raise wrong_delta(place, "inputs that vera_A covers", found, "use the base it was trained on")
         return change
 
+    def factors(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return b.rows(0, shape[0]) * left.read()[:, None], adapter.whole(a)[:, : shape[1]] * right.read()[:, None]
+
     flipped = bool(adapter.config.get("fan_in_fan_out"))
-    return Edit(f"{module}.weight", (left.shape[0], ANY), change, transposes=True, flipped=flipped, prepare=prepare)
+    return Edit(f"{module}.weight", (left.shape[0], ANY), change, transposes=True, flipped=flipped, prepare=prepare, factors=factors)
 
 
 def _change(adapter: Adapter, left: TensorView, right: TensorView) -> Change:

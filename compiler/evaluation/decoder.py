@@ -200,10 +200,14 @@ def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]
     return {"value": (lost - won) / n, "low": lost_low - won_high, "high": lost_high - won_low, "samples": n, "exact": True}
 
 
-def open_all_logits(directory: Path) -> Any:
-    """The exported graph with logits at every position, as a decode loop; the twin graph lies beside the model while it is open."""
+def open_all_logits(directory: Path, model: Mapping[str, Any] | None = None, adapter: str = "") -> Any:
+    """The exported graph with logits at every position, as a decode loop; the twin graph lies beside the model while it is open.
+
+    model, adapter  the manifest's section and the unmerged adapter to bind; "" for the base alone
+    """
     from compiler.graph.passes import all_logits
-    from runtimes.bundle import read_json_object
+    from runtimes.adapters import Adapters
+    from runtimes.bundle import Bundle, read_json_object
     from runtimes.decode import DecodeLoop, read_layout
     from runtimes.session import SessionSettings, open_session
 
@@ -214,7 +218,9 @@ def open_all_logits(directory: Path) -> Any:
     finally:
         twin.unlink(missing_ok=True)
     genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")
-    return DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
+    loop = DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
+    loop.use(Adapters(Bundle(directory, {"model": model or {}}, "decoder", ()), session).values(adapter))
+    return loop
 
 
 def merged_logits(model: Any) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ SHOWN_SAMPLES = 6
 BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a task table, as the report knows them
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a merged checkpoint and the exported files, with one of their unmerged adapters where `adapter` names it.
+
+    base  the base before the deltas, to show what they bring; None when there are none
+    """
+
+    merged: Checkpoint
+    base: Checkpoint | None
+    directory: Path
+    model: Mapping[str, Any]
+    adapter: str = ""
+
+
 def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
     """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "data": {...}}.
 
@@ -25,8 +40,33 @@ def evaluate(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     directory  the exported files, with export.json
     """
     model = json.loads((directory / "export.json").read_text())["model"]
-    part = _decoder(merged, base, directory, data, report, seed) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
-    return {**part, "data": {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}}
+    subject = Subject(merged, base, directory, model)
+    part = _decoder(subject, data, report, seed) if model["kind"] == "decoder" else _encoder(merged, directory, model, data, report)
+    return {**part, "data": told(data)}
+
+
+def evaluate_attached(twins: Mapping[str, Checkpoint], base: Checkpoint, directory: Path, data: EvaluationSet, report: Report, seed: int = 0) -> dict[str, Any]:
+    """The same for unmerged adapters: each is compared with its merged twin on the same data, and its metrics are called `kl_mean@NAME`.
+
+    twins  name of the adapter -> the merged fp32 weights it stands for
+    """
+    model = json.loads((directory / "export.json").read_text())["model"]
+    whole: dict[str, Any] = {"metrics": {}, "task": [], "samples": []}
+    for name, twin in twins.items():
+
+        def named(what: str, done: int, most: int, name: str = name) -> None:
+            report(f"{what}, {name}", done, most)
+
+        part = _decoder(Subject(twin, base, directory, model, name), data, named, seed)
+        whole["metrics"] |= {f"{metric}@{name}": value for metric, value in part["metrics"].items()}
+        whole["task"] += [{**row, "metric": f"{row['metric']}@{name}"} for row in part["task"]]
+        whole["samples"] += [{**row, "adapter": name} for row in part["samples"][: max(1, SHOWN_SAMPLES // len(twins))]]
+    return {**whole, "data": told(data)}
+
+
+def told(data: EvaluationSet) -> dict[str, Any]:
+    """What the report says about the data."""
+    return {"origin": data.origin, "digest": data.digest, "rows": len(data.rows)}
 
 
 def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
@@ -34,13 +74,13 @@ def unpackaged(directory: Path, model: Mapping[str, Any]) -> Bundle:
     return Bundle(directory, {"model": model}, model["kind"], ())
 
 
-def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
+def _decoder(subject: Subject, data: EvaluationSet, report: Report, seed: int) -> dict[str, Any]:
     from compiler.reference import reference_model
 
-    chat = ChatFormat(merged)
+    chat = ChatFormat(subject.merged)
     sequences = decoder.scored_sequences(data.rows, chat.tokenizer, chat.render, chat.eos_text)
-    loop = decoder.open_all_logits(directory)
-    reference = reference_model(merged, "text-generation")
+    loop = decoder.open_all_logits(subject.directory, subject.model, subject.adapter)
+    reference = reference_model(subject.merged, "text-generation")
     scores = decoder.score(sequences, decoder.merged_logits(reference), decoder.bundle_logits(loop), report)
     metrics = decoder.token_metrics(scores, seed)
     rows = [row for row in data.rows if row.messages]
@@ -49,9 +89,9 @@ def _decoder(merged: Checkpoint, base: Checkpoint | None, directory: Path, data:
     if rows:
         answers = {MERGED: chat.answers_by_reference(reference, rows, report)}
         del reference
-        if base is not None:
-            answers[BASE] = chat.answers_by_reference(reference_model(base, "text-generation"), rows, report)
-        answers[BUNDLE] = chat.answers_by_bundle(directory, rows, report)
+        if subject.base is not None:
+            answers[BASE] = chat.answers_by_reference(reference_model(subject.base, "text-generation"), rows, report)
+        answers[BUNDLE] = chat.answers_by_bundle(subject, rows, report)
         hits = {system: [got.strip() == row.answer.strip() for got, row in zip(texts, rows, strict=True)] for system, texts in answers.items()}
         task = [{"system": system, "metric": "exact_match", **decoder.share(hit)} for system, hit in sorted(hits.items())]
         metrics["exact_match"] = decoder.share(hits[BUNDLE])
@@ -115,13 +155,13 @@ class ChatFormat:
         ids = decoder.reference_answers(model, self.prompts(rows), self.eos_ids, self.new_tokens(rows), report)
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
-    def answers_by_bundle(self, directory: Path, rows: Sequence[Row], report: Report) -> list[str]:
+    def answers_by_bundle(self, subject: Subject, rows: Sequence[Row], report: Report) -> list[str]:
         """Greedy answers of the exported model in our own runtime, one prompt at a time as a device would."""
         from runtimes.generate import Generator, Options
         from runtimes.session import SessionSettings
 
-        generator = Generator(unpackaged(directory, {"kind": "decoder"}), SessionSettings(spinning=False))
-        options = Options(max_new_tokens=self.new_tokens(rows))
+        generator = Generator(unpackaged(subject.directory, subject.model), SessionSettings(spinning=False))
+        options = Options(max_new_tokens=self.new_tokens(rows), adapter=subject.adapter)
         answers = []
         for number, prompt in enumerate(self.prompts(rows)):
             answers.append(generator.generate([prompt], options)[0].text)

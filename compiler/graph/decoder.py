@@ -13,6 +13,7 @@ right, row b has sum(mask[b]) valid tokens, and `logits="last"` gives the logits
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import onnx_ir as ir
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, CheckpointError
+from compiler.graph.adapters import AdapterRow, Attachments, Site, Tenant, model_version
 from compiler.graph.external_data import DataFile
 from compiler.graph.genai_config import genai_config
 from compiler.graph.nodes import MICROSOFT, GraphBuilder, save_model
@@ -56,10 +58,11 @@ class DecoderExport:
     data_bytes: int
     max_length: int
     logits: str
+    adapters: tuple[AdapterRow, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return self.model_bytes + self.data_bytes
+        return self.model_bytes + self.data_bytes + sum(row.bytes for row in self.adapters)
 
 
 def export_decoder(
@@ -70,6 +73,7 @@ def export_decoder(
     logits: str = "last",
     max_length: int | None = None,
     progress: Progress | None = None,
+    tenants: Sequence[Tenant] = (),
     codes_of: Codes | None = None,
 ) -> DecoderExport:
     """Write model.onnx, model.onnx.data and genai_config.json into `directory`, which exists.
@@ -77,6 +81,7 @@ def export_decoder(
     logits      "last": [batch, 1, vocab] of each row's last valid token; "all": [batch, sequence, vocab]
     max_length  tokens; by default the model's own, at most DEFAULT_MAX_LENGTH
     progress    called with (matrix, elements written, elements in all)
+    tenants     adapters that stay unmerged, each written as NAME.onnx_adapter (compiler.graph.adapters)
     codes_of    matrix -> the codes a quantizer chose for it, or None to round to nearest here
 
     Raises ArchitectureError for what the builder does not cover, CheckpointError for missing, misshapen or non-finite tensors, RecipeError for a scheme
@@ -89,16 +94,18 @@ def export_decoder(
     check_kernel_limits(spec, length)
     graph = GraphBuilder()
     with DataFile(directory / "model.onnx.data") as data:
-        build = DecoderBuild(spec, graph, WeightWriter(checkpoint, schemes, data, graph, progress, codes_of), length)
+        weights = WeightWriter(checkpoint, schemes, data, graph, progress, codes_of)
+        build = DecoderBuild(spec, graph, weights, length, Attachments(tenants, graph))
         build.decoder(logits)
         data_bytes = data.size
     model = graph.model()
     remove_unused(model.graph)
     model_bytes = save_model(model, directory / "model.onnx")
-    config = genai_config(spec, checkpoint.config, checkpoint.assets, length)
+    adapters = build.attachments.write(directory, model_version(checkpoint.digest)) if tenants else ()
+    config = genai_config(spec, checkpoint.config, checkpoint.assets, length, quiet=bool(tenants))
     (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     rows = tuple(MatrixRow(matrix.name, (matrix.n, matrix.k), str(matrix.scheme), matrix.nbytes) for matrix in build.matrices)
-    return DecoderExport(spec, rows, model_bytes, data_bytes, length, logits)
+    return DecoderExport(spec, rows, model_bytes, data_bytes, length, logits, adapters)
 
 
 def check_kernel_limits(spec: DecoderSpec, length: int) -> None:
@@ -130,14 +137,19 @@ class Stream:
 class DecoderBuild:
     """One build: walks the layers, writes each matrix when its node is made."""
 
-    def __init__(self, spec: DecoderSpec, graph: GraphBuilder, weights: WeightWriter, length: int) -> None:
-        self.spec, self.graph, self.weights, self.length = spec, graph, weights, length
+    def __init__(self, spec: DecoderSpec, graph: GraphBuilder, weights: WeightWriter, length: int, attachments: Attachments) -> None:
+        self.spec, self.graph, self.weights, self.length, self.attachments = spec, graph, weights, length, attachments
         self.matrices: list[Matrix] = []
 
     def matrix(self, name: str, sources: dict[str, int], k: int, scale: float = 1.0, bias: bool = False) -> Matrix:
         matrix = self.weights.matrix(name, sources, k, scale, bias)
         self.matrices.append(matrix)
         return matrix
+
+    def linear(self, node: str, x: ir.Value, site: Site, bias: bool) -> ir.Value:
+        """x [..., k] -> [..., n] through a matrix and the adapters' products beside it."""
+        y = self.weights.linear(node, x, self.matrix(site.matrix, dict(site.sources), site.k, site.scale, bias))
+        return self.attachments.beside(node, x, y, site)
 
     def decoder(self, logits: str) -> None:
         """The whole graph, front to back."""
@@ -157,6 +169,7 @@ class DecoderBuild:
         if logits == "last":
             final = graph.op("/last_token", "GatherND", [final, positions.last_token(graph)], batch_dims=1)
         result = self.weights.linear("/lm_head", final, head or self.head())
+        result = self.attachments.beside("/lm_head", final, result, Site("lm_head", {"lm_head": spec.vocab}, spec.hidden))
         if spec.final_softcap is not None:
             cap = graph.constant("final_softcap", np.array(spec.final_softcap, np.float32))
             bent = graph.op("/lm_head/tanh", "Tanh", [graph.op("/lm_head/div", "Div", [result, cap])])
@@ -227,11 +240,11 @@ class DecoderBuild:
         sources = {f"{name}.self_attn.{part}_proj": width for part, width in (("q", spec.q_width), ("k", spec.kv_width), ("v", spec.kv_width))}
         if spec.family.fused_weights:
             sources = {f"{name}.self_attn.qkv_proj": spec.q_width + 2 * spec.kv_width}
-        qkv = self.weights.linear(f"{node}/qkv_proj", x, self.matrix(f"{name}.attn.qkv_proj", sources, spec.hidden, bias=spec.qkv_bias))
+        qkv = self.linear(f"{node}/qkv_proj", x, Site(f"{name}.attn.qkv_proj", sources, spec.hidden), spec.qkv_bias)
         mixed = self.attend(index, self.split_heads(index, qkv, positions), positions)
         scale = spec.residual_scale if scaled else 1.0
-        out = self.matrix(f"{name}.attn.o_proj", {f"{name}.self_attn.o_proj": spec.hidden}, spec.q_width, scale, spec.o_bias)
-        return self.weights.linear(f"{node}/o_proj", mixed, out)
+        out = Site(f"{name}.attn.o_proj", {f"{name}.self_attn.o_proj": spec.hidden}, spec.q_width, scale)
+        return self.linear(f"{node}/o_proj", mixed, out, spec.o_bias)
 
     def split_heads(self, index: int, qkv: ir.Value, positions: Positions) -> list[ir.Value | None]:
         """GroupQueryAttention's query, key, value: the packed matrix as it is, or split where queries and keys are normalised or rotated first."""
@@ -279,10 +292,10 @@ class DecoderBuild:
         sources = {f"{name}.mlp.{part}_proj": spec.intermediate for part in ("gate", "up")}
         if spec.family.fused_weights:
             sources = {f"{name}.mlp.gate_up_proj": 2 * spec.intermediate}
-        both = self.weights.linear(f"{node}/gate_up_proj", x, self.matrix(f"{name}.mlp.gate_up_proj", sources, spec.hidden, bias=spec.mlp_bias))
+        both = self.linear(f"{node}/gate_up_proj", x, Site(f"{name}.mlp.gate_up_proj", sources, spec.hidden), spec.mlp_bias)
         gate, up = graph.op(f"{node}/split", "Split", [both], outputs=2, axis=-1, num_outputs=2)
         op_type, domain, attributes = ACTIVATIONS[spec.activation]
         active = graph.op(f"{node}/mul", "Mul", [graph.op(f"{node}/act", op_type, [gate], domain, **attributes), up])
         scale = spec.residual_scale if scaled else 1.0
-        down = self.matrix(f"{name}.mlp.down_proj", {f"{name}.mlp.down_proj": spec.hidden}, spec.intermediate, scale, spec.mlp_bias)
-        return self.weights.linear(f"{node}/down_proj", active, down)
+        down = Site(f"{name}.mlp.down_proj", {f"{name}.mlp.down_proj": spec.hidden}, spec.intermediate, scale)
+        return self.linear(f"{node}/down_proj", active, down, spec.mlp_bias)

@@ -6,6 +6,14 @@ MatMulNBits (contrib operator spec, com.microsoft 1; the conditions under which 
 3. no `g_idx` (GPTQ's act-order): the same
 4. block size 16, 32, 64, 128 or 256: the same
 5. weights, scales and zero points are initializers, or nodes make them of initializers alone and onnxruntime folds those before it prepacks
+6. 2, 4 or 8 bits: no other width has a kernel
+
+MatMulInteger, MatMulIntegerToFloat, DynamicQuantizeMatMul:
+7. weights as in rule 5
+8. activations are uint8: signed ones have no kernel on x86 (576 x 3072, one core of a Zen 3: 19 GOP/s against 165)
+
+Every operator that multiplies matrices:
+9. no float16 operand on the CPU: it is cast to float32 on every call; stored float16 is widened by a Cast of the initializer, which is folded
 """
 
 from __future__ import annotations
@@ -18,20 +26,43 @@ import onnx_ir as ir
 from compiler.errors import BundleError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+WIDTHS = (2, 4, 8)
+INTEGER = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1}  # operator -> input that holds the weights
+FLOAT = ("MatMul", "FusedMatMul", "Gemm")
 
 
 def lint(model: ir.Model) -> list[str]:
     """Every fault of the model as one line `node: fault`; an empty list is a clean graph."""
-    nodes = (node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits")
-    return [f"{node.name}: {fault}" for node in nodes for fault in nbits_faults(node)]
+    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() for fault in node_faults(node)]
+
+
+def node_faults(node: ir.Node) -> Iterator[str]:
+    """The rules that apply to a node."""
+    if node.op_type == "MatMulNBits":
+        yield from nbits_faults(node)
+    if node.op_type in INTEGER:
+        yield from integer_faults(node)
+    if node.op_type in FLOAT and any(value is not None and value.dtype == ir.DataType.FLOAT16 for value in node.inputs):
+        yield "a float16 operand: it is cast to float32 on every call"
+
+
+def integer_faults(node: ir.Node) -> Iterator[str]:
+    """Rules 7 and 8 for one product of integers."""
+    activations, weights = node.inputs[0], node.inputs[INTEGER[node.op_type]]
+    if weights is not None and not constant(weights):
+        yield f"{weights.name} is not an initializer: nothing can be prepacked"
+    if activations is not None and activations.dtype == ir.DataType.INT8:
+        yield "int8 activations: no kernel of x86 takes them"
 
 
 def nbits_faults(node: ir.Node) -> Iterator[str]:
-    """Rules 1-5 for one MatMulNBits."""
+    """Rules 1-6 for one MatMulNBits."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     inputs = [*node.inputs, *[None] * 6][:6]
     if attributes.get("accuracy_level", 0) != 4:
         yield f"accuracy_level {attributes.get('accuracy_level', 0)}, not 4: weights are dequantized on every call"
+    if attributes.get("bits") not in WIDTHS:
+        yield f"bits {attributes.get('bits')}, not one of {WIDTHS}: there is no kernel"
     if inputs[3] is not None and inputs[3].dtype != ir.DataType.UINT8:
         yield f"zero points of type {inputs[3].dtype}, not UINT8: the matrix is dequantized on every call"
     if inputs[4] is not None:

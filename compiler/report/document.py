@@ -203,12 +203,13 @@ class TaskRow(Part):
 
 
 class SampleRow(Part):
-    """One prompt and what came out. reference = merged fp32 model, bundle = what ships."""
+    """One prompt and what came out. reference = merged fp32 model, bundle = what ships, with the unmerged `adapter` where one is named."""
 
     prompt: str = ""
     expected: str | None = None
     reference: str | None = None
     bundle: str | None = None
+    adapter: str | None = None
 
 
 class Report(Part):
@@ -228,6 +229,7 @@ class Report(Part):
     stages: tuple[StageLoss, ...] = ()
     task: tuple[TaskRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
+    adapters: tuple[TaskRow, ...] = ()
 
     @property
     def target_id(self) -> str:

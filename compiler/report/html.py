@@ -53,6 +53,7 @@ def sections(report: Report) -> dict[str, Any]:
         "infos": [limit_row(check) for check in report.verdict.notes] if report.verdict else [],
         "latency": [series_row(report, name, samples) for name, samples in report.series.items()],
         "tasks": task_tables(report.task),
+        "adapters": task_tables(report.adapters),
         "kinds": size_by_kind(report.layers),
         "stages": stage_tables(report),
         "build": build_rows(report),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiler.report import words
-from compiler.report.document import CheckRow, Report, read_document
+from compiler.report.document import CheckRow, Report, TaskRow, read_document
 from compiler.report.html import facts, size_by_kind, subtitle
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
 
@@ -70,7 +70,9 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
     if report.verdict and report.verdict.checks:
         parts.append(limits_table(report.verdict.checks))
     if report.task:
-        parts.append(folded("The task, before and after", task_table(report)))
+        parts.append(folded("The task, before and after", task_table(report.task)))
+    if report.adapters:
+        parts.append(folded("What unmerged adapters cost", task_table(report.adapters)))
     if report.stages:
         lines = [[code(row.stage), code(row.metric), words.number(row.value)] for row in report.stages]
         parts.append(folded("Where accuracy was lost", table(("after", "metric", "value"), lines)))
@@ -102,7 +104,9 @@ def model_card(document: Mapping[str, Any] | Report) -> str:
     if machine:
         parts.append(table(("machine", ""), [[escaped(name), escaped(value)] for name, value in machine]))
     if report.task:
-        parts += ["## What the delta brought", task_table(report)]
+        parts += ["## What the delta brought", task_table(report.task)]
+    if report.adapters:
+        parts += ["## What unmerged adapters cost", task_table(report.adapters)]
     if report.lineage.base or report.lineage.deltas:
         parts += ["## Where it comes from", lineage_table(report)]
     if report.lineage.tools:
@@ -125,7 +129,10 @@ def what_it_is(report: Report) -> str:
     text = "A deployment bundle for onnxruntime, compiled by trimtab"
     if lineage.base and lineage.base.origin:
         text += f" from {code(lineage.base.origin)}"
-    if lineage.deltas:
+    adapters = [str(row.get("name")) for row in report.model.extras().get("adapters") or () if isinstance(row, Mapping)]
+    if adapters:
+        text += f" with {len(adapters)} unmerged adapter{'s' if len(adapters) > 1 else ''} to choose from ({', '.join(code(name) for name in adapters)})"
+    elif lineage.deltas:
         text += f" with {len(lineage.deltas)} trained delta{'s' if len(lineage.deltas) > 1 else ''} merged in"
     text += f" for the machine {code(report.target_id)}." if report.target_id else "."
     about = escaped(subtitle(report))
@@ -182,9 +189,9 @@ def limits_table(checks: Sequence[CheckRow]) -> str:
     return table(("result", "what", "measured", "limit", "true value in", "samples", "confidence", "false pass at most"), rows)
 
 
-def task_table(report: Report) -> str:
+def task_table(systems: Sequence[TaskRow]) -> str:
     rows = []
-    for row in report.task:
+    for row in systems:
         bounds = f"{words.number(row.low)} to {words.number(row.high)}" if row.low is not None and row.high is not None else "–"
         rows.append([escaped(row.system), escaped(words.label(row.metric)), words.number(row.value), bounds, words.number(row.samples)])
     return table(("system", "metric", "value", "interval", "samples"), rows)

@@ -248,7 +248,8 @@ def frontier(points: Sequence[tuple[float, float, str]], chosen: tuple[float, fl
     extra = [point for point in (chosen, measured) if point is not None and point[1] > 0]
     if len(points) < 2:
         return Markup("")
-    sizes, logs = [x for x, *_ in [*points, *extra]], [math.log10(y) for _, y, *_ in [*points, *extra]]
+    places = [(x, y) for x, y, _ in points] + extra
+    sizes, logs = [x for x, _ in places], [math.log10(y) for _, y in places]
     axis, floor = Axis(min(sizes), max(sizes)), HEIGHT - BOTTOM
     low, high = math.floor(min(logs)), math.ceil(max(logs))
 

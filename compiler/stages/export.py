@@ -7,17 +7,20 @@ goes through transformers' exporter and our passes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme
 from compiler.stages.quantize import codes_in
 from compiler.store import writing
+
+if TYPE_CHECKING:
+    from compiler.graph.adapters import Tenant
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -84,10 +87,13 @@ def _refuse_dynamic(schemes: list[Scheme]) -> None:
         )
 
 
-def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None = None) -> dict[str, Any]:
+def export(
+    checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None = None, tenants: Sequence[Tenant] = ()
+) -> dict[str, Any]:
     """Fill `directory` with graph, weights, configs and tokenizer; returns {"model": ..., "layers": [...]} and writes it as export.json.
 
-    codes  a folder of the quantize step (decoders); None: everything is rounded to nearest as it streams
+    codes    a folder of the quantize step (decoders); None: everything is rounded to nearest as it streams
+    tenants  adapters that stay unmerged; decoders only
 
     Raises ArchitectureError, CheckpointError or OutputError.
     """
@@ -98,7 +104,8 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
     with writing(directory):
         if options["road"] == DECODER:
-            summary = _decoder(checkpoint, schemes, options, directory, report, codes)
+            more = {"codes_of": codes_in(codes) if codes is not None else None, "tenants": tenants}
+            summary = _decoder(checkpoint, schemes, options, directory, report, more)
         else:
             summary = _encoder(checkpoint, schemes, options, directory, report)
         require_clean(directory / "model.onnx")
@@ -110,11 +117,10 @@ def export(checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, 
     return summary
 
 
-def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None) -> dict[str, Any]:
+def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any], directory: Path, report: Report, more: Mapping[str, Any]) -> dict[str, Any]:
     from compiler.graph.decoder import export_decoder
 
-    given = codes_in(codes) if codes is not None else None
-    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report, codes_of=given)
+    done = export_decoder(checkpoint, schemes, directory, logits=options["logits"], max_length=options["max_length"], progress=report, **more)
     model = {
         "kind": DECODER,
         "family": checkpoint.config["model_type"],
@@ -123,6 +129,7 @@ def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any
         "max_length": done.max_length,
         "logits": options["logits"],
         "scheme": options["scheme"],
+        **({"adapters": [row.as_dict() for row in done.adapters]} if done.adapters else {}),
     }
     return {"model": model, "layers": [asdict(row) for row in done.matrices]}
 

@@ -7,18 +7,19 @@ Rules:
    exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
 3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
 4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
-5. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
+5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`.
+6. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from compiler.limits import BY_NAME, PERCENTILE, Quantity, quantity
+from compiler.limits import BY_NAME, PERCENTILE, Quantity, plain, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
 from runtimes.metrics import percentile_test
 
@@ -53,9 +54,14 @@ class Measured:
 
 
 def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
-    """One check per limit, then INFO rows for what was measured besides."""
-    made = [_check(quantity(name, f"limits.{name}"), limit, measured) for name, limit in limits.items()]
-    return made + [row for row in _info(measured) if row.name not in limits]
+    """One check per limit (rule 5: or per adapter), then INFO rows for what was measured besides."""
+    made = []
+    for name, limit in limits.items():
+        what = quantity(name, f"limits.{name}")
+        adapters = [found for found in measured.accuracy if plain(found) == name] or [name]
+        made += [_check(replace(what, name=each), limit, measured) for each in adapters]
+    decided = {check.name for check in made}
+    return made + [row for row in _info(measured) if row.name not in decided]
 
 
 def _check(what: Quantity, limit: float, measured: Measured) -> Check:
@@ -142,4 +148,4 @@ def _info(measured: Measured) -> list[Check]:
 
 def _unit(name: str) -> str:
     """The unit of a measurement; "" for those that nobody can limit."""
-    return BY_NAME[name].unit if name in BY_NAME else ""
+    return BY_NAME[plain(name)].unit if plain(name) in BY_NAME else ""

@@ -52,7 +52,7 @@ BAD = {
     "unknown nested key": (GOOD.replace("weight: 0.5", "wieght: 0.5"), r"deltas.0.wieght: .*did you mean 'weight'\?"),
     "name twice": (GOOD.replace("    weight: 0.5", "  - path: other/support"), r"deltas: expected a name of its own for each delta, found 'support' twice"),
     "bad delta name": (GOOD.replace("weight: 0.5", "name: a/b"), r"deltas.0.name: expected"),
-    "attached": (given("{mode: attached}"), r"deltas.mode: .*not built yet"),
+    "attached": (given("{mode: attached}"), r"deltas.mode: .*items to attach"),
     "unknown key of deltas": (
         given("{ony: [a]}"),
         r"deltas.ony: .*did you mean 'only'\?",

@@ -82,3 +82,13 @@ def test_verdict_is_its_worst_check():
 def test_what_has_no_limit_is_shown_as_information():
     names = {row.name for row in checks({}, measured())}
     assert {"size_mb", "kl_mean", "tpot_p50_ms", "tpot_p99_ms", "peak_rss_mb", "decode_tok_s"} <= names
+
+
+def test_an_accuracy_limit_must_hold_for_every_adapter():
+    good, bad = {"value": 0.05, "low": 0.04, "high": 0.06, "samples": 3000}, {"value": 0.5, "low": 0.4, "high": 0.6, "samples": 3000}
+    two = measured(accuracy={"kl_mean@support": good, "kl_mean@sales": bad, "top1_agreement@support": good})
+    made = checks({"kl_mean": 0.1, "size_mb": 95}, two)
+    assert {row.name: row.outcome for row in made if row.limit is not None} == {"kl_mean@support": PASS, "kl_mean@sales": FAIL, "size_mb": PASS}
+    assert Verdict("here", made).outcome == FAIL
+    assert [row.name for row in made].count("kl_mean@support") == 1 and "top1_agreement@support" in {row.name for row in made if row.limit is None}
+    assert next(row for row in made if row.name == "kl_mean@sales").unit == "nats"

@@ -27,9 +27,33 @@ def graph(zero_points: np.ndarray | None = None, g_idx: bool = False, **changes:
     return build.model()
 
 
+def integer_graph(weights: str, activations: ir.DataType) -> ir.Model:
+    build = GraphBuilder()
+    x = build.input("x", activations, ["n", 32])
+    stored = build.constant("w", np.zeros((32, 4), np.int8)) if weights == "stored" else build.input("w", ir.DataType.INT8, [32, 4])
+    build.output(build.op("mm", "MatMulInteger", [x, stored]), "y", ir.DataType.INT32, ["n", 4])
+    return build.model()
+
+
+def half_graph() -> ir.Model:
+    build = GraphBuilder()
+    x = build.input("x", ir.DataType.FLOAT16, ["n", 32])
+    build.output(build.op("mm", "MatMul", [x, build.constant("w", np.zeros((32, 4), np.float16))]), "y", ir.DataType.FLOAT16, ["n", 4])
+    return build.model()
+
+
+def fed_graph() -> ir.Model:
+    build = GraphBuilder()
+    x, codes = build.input("x", ir.DataType.FLOAT, ["n", 32]), build.input("codes", ir.DataType.UINT8, [4, 1, 16])
+    inputs = [x, codes, build.constant("scales", np.ones((4, 1), np.float32))]
+    build.output(build.op("mm", "MatMulNBits", inputs, MICROSOFT, **GOOD), "y", ir.DataType.FLOAT, ["n", 4])
+    return build.model()
+
+
 def test_a_clean_graph() -> None:
     assert lint(graph()) == []
     assert lint(graph(np.zeros((4, 1), np.uint8))) == []
+    assert lint(integer_graph("stored", ir.DataType.UINT8)) == []
 
 
 @pytest.mark.parametrize(
@@ -40,6 +64,11 @@ def test_a_clean_graph() -> None:
         (graph(accuracy_level=0), "accuracy_level 0"),
         (graph(accuracy_level=None), "accuracy_level 0"),
         (graph(block_size=8), "block_size 8"),
+        (graph(bits=5), "bits 5"),
+        (fed_graph(), "codes is not an initializer"),
+        (integer_graph("fed", ir.DataType.UINT8), "w is not an initializer"),
+        (integer_graph("stored", ir.DataType.INT8), "int8 activations"),
+        (half_graph(), "a float16 operand"),
     ],
 )
 def test_faults_are_named(model: ir.Model, words: str, tmp_path: Path) -> None:
