@@ -1,6 +1,7 @@
 """A file of external tensors, written from front to back while the weights stream through.
 
-Big tensors start on a page (4096) so that they can be mapped, small ones on a cache line (64). Padding is zeros. The same
+Big tensors (from 256 KiB) start on a page (4096) so that they can be mapped, small ones on a cache line (64): with pages for all, the padding of a model
+of a hundred million weights would be a percent of its file. Padding is zeros. The same
 bytes may be named by several initializers (`view`): that is how a tied embedding and head are stored once.
 """
 
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from compiler.errors import OutputError
 
 PAGE, LINE = 4096, 64
+BIG = 1 << 18  # bytes
 
 DTYPES = {
     np.dtype(np.float32): ir.DataType.FLOAT,
@@ -57,7 +59,7 @@ class DataFile:
 
     def align(self, nbytes: int) -> int:
         """Pad with zeros to where a tensor of `nbytes` may start, and say where."""
-        step = PAGE if nbytes >= PAGE else LINE
+        step = PAGE if nbytes >= BIG else LINE
         self.write(bytes(-self.size % step))
         return self.size
 

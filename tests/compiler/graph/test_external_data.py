@@ -12,11 +12,11 @@ from compiler.graph.external_data import DataFile
 
 
 def test_round_trip_and_alignment(tmp_path: Path) -> None:
-    big, small = np.arange(3000, dtype=np.float32).reshape(30, 100), np.arange(5, dtype=np.float32)
+    big, small = np.arange(70_000, dtype=np.float32).reshape(700, 100), np.arange(5, dtype=np.float32)
     with DataFile(tmp_path / "w.data") as data:
         first = data.add("small", small)
         second = data.add_blocks("big", big.shape, big.dtype, [big[:7], big[7:]])
-        third = data.view("flat", second, (3000,))
+        third = data.view("flat", second, (70_000,))
     assert (first.offset, second.offset % 4096, third.offset) == (0, 0, second.offset)
     assert np.array_equal(first.numpy(), small)
     assert np.array_equal(second.numpy(), big)
