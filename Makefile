@@ -35,7 +35,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
+# The peers' environments take about ten minutes once; TRIMTAB_BENCH_ENVS names their folder, else benchmarks/.envs.
 bench: setup
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/builders.py
 
 docs: setup

@@ -1,6 +1,9 @@
-"""SmolLM2-135M to int4 ONNX: trimtab beside onnxruntime-genai's builder (and PEFT's merge), in one run.
+"""SmolLM2-135M to int4: trimtab beside the builders of onnxruntime-genai, OpenVINO (optimum-intel, NNCF) and llama.cpp, and PEFT's merge, in one run.
 
     python benchmarks/builders.py [--repeats 3] [--out benchmarks/results/builders.json]
+
+OpenVINO and llama.cpp are built where their environments are (python benchmarks/peers.py); without them their rows are missing, and the run says so.
+Their accuracy is in the side-by-side results.
 
 Builds are separate processes, taken in turn; seconds are wall clock, memory is the peak resident size of the process.
 KL is of the exported graph against eager transformers in float32, on the built-in text (12 windows of 512 tokens, second
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -25,9 +29,12 @@ from typing import Any
 
 import numpy as np
 
+from compiler.bench.models import FORMS
+from compiler.bench.peers import environments, python_of
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.checkpoints.view import Checkpoint
 from compiler.checkpoints.write import write_checkpoint
+from compiler.errors import BenchError
 from compiler.evaluation import decoder
 from compiler.evaluation.data import load_rows
 from compiler.evaluation.run import ChatFormat
@@ -49,9 +56,12 @@ PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained
 
 def timed(command: Sequence[str]) -> tuple[float, float]:
     """(seconds, peak resident MB) of a process. Raises RuntimeError with its last words when it fails."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if command[0] != sys.executable:
+        environment.pop("PYTHONPATH", None)  # an environment of its own
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log)
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
@@ -86,9 +96,28 @@ def commands(work: Path, model: Path, adapter: Path | None) -> dict[str, list[st
         options = ["int4_accuracy_level=4", f"int4_algo_config={method}", "shared_embeddings=true"]
         made[name] = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(work / name), "-p", "int4", "-e", "cpu"]
         made[name] += ["-c", str(work / "cache"), "--extra_options", *options]
+    made |= foreign(work, model)
     if adapter:
         made["PEFT merge and save"] = [sys.executable, "-c", PEFT, str(model), str(adapter), str(work / "PEFT merge and save")]
     return made
+
+
+def foreign(work: Path, model: Path) -> dict[str, list[str]]:
+    """Builders that live in environments of their own, in the form that the side-by-side benchmark measures."""
+    made = {}
+    for name, steps in (("OpenVINO int4", ("openvino-int4",)), ("llama.cpp q4_0", ("gguf-f32", "gguf-q4_0"))):
+        try:
+            made[name] = ["sh", "-c", " && ".join(shlex.join(_words(step, work, name, model)) for step in steps)]
+        except BenchError as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+    return made
+
+
+def _words(form: str, work: Path, name: str, model: Path) -> list[str]:
+    env = FORMS[form].env
+    words = {"python": python_of(env), "env": environments() / env, "source": model, "out": work / name, "work": work, "task": "text-generation-with-past"}
+    command = [word.format(**words, f32=work / name / "f32.gguf") for word in FORMS[form].command]
+    return [word.replace("model.gguf", "f32.gguf") for word in command] if form == "gguf-f32" else command
 
 
 def peer_logits(folder: Path) -> DecodeLoop:
@@ -137,6 +166,8 @@ def measure(work: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(arguments.repeats):
         for name, command in commands(work, model, arguments.adapter).items():
             shutil.rmtree(work / name, ignore_errors=True)
+            if name.startswith("llama.cpp"):
+                (work / name).mkdir()  # its tools write files, not folders
             costs.setdefault(name, []).append(timed(command))
     rows = []
     for name, values in costs.items():
@@ -144,6 +175,8 @@ def measure(work: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({"system": name, "metric": metric, "value": statistics.median(series), "unit": unit, "low": min(series), "high": max(series)})
     reference = decoder.merged_logits(reference_model(base, "text-generation"))
     for name, command in commands(work, model, None).items():
+        if name in foreign(work, model):
+            continue
         shutil.rmtree(work / name, ignore_errors=True)
         timed(command)  # without the adapter: the plain model, as the peer builds it
         size = sum(path.stat().st_size for path in (work / name).glob("model.onnx*")) / 1e6

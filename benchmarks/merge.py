@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,40 @@ from compiler.checkpoints.write import write_checkpoint
 
 RANK = 16
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# billions of parameters -> (hidden, intermediate, layers, heads, key/value heads)
-SYNTHETIC = {"0.3 B": (1024, 2816, 20, 16, 4), "1.1 B": (2048, 5632, 22, 32, 4)}
-VOCABULARY = 32_000
 
 
-def shapes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a llama with an untied head."""
-    kv = hidden // heads * kv_heads
+@dataclass(frozen=True)
+class Sizes:
+    """A llama with an untied head."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 32_000
+
+
+SYNTHETIC = {"0.3 B": Sizes(1024, 2816, 20, 16, 4), "1.1 B": Sizes(2048, 5632, 22, 32, 4)}
+
+
+def shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of its tensors."""
+    hidden, inner = sizes.hidden, sizes.inner
+    kv = hidden // sizes.heads * sizes.kv_heads
     linear = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden), "gate": (inner, hidden), "up": (inner, hidden)}
-    yield "model.embed_tokens.weight", (VOCABULARY, hidden)
-    for layer in range(layers):
+    yield "model.embed_tokens.weight", (sizes.vocabulary, hidden)
+    for layer in range(sizes.layers):
         for module in LINEARS:
             part = module.split(".")[1].removesuffix("_proj")
             yield f"model.layers.{layer}.{module}.weight", linear.get(part, (hidden, inner))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{norm}.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (VOCABULARY, hidden)
+    yield "lm_head.weight", (sizes.vocabulary, hidden)
 
 
-def synthetic(folder: Path, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> None:
+def synthetic(folder: Path, sizes: Sizes) -> None:
     """A bf16 llama of random weights, written block by block."""
 
     def view(name: str, shape: tuple[int, ...]) -> TensorView:
@@ -57,9 +71,10 @@ def synthetic(folder: Path, hidden: int, inner: int, layers: int, heads: int, kv
 
         return TensorView(name, shape, "BF16", rows)
 
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": inner}
-    config |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": False}
-    tensors = {name: view(name, shape) for name, shape in shapes(hidden, inner, layers, heads, kv_heads)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": sizes.vocabulary, "hidden_size": sizes.hidden}
+    config |= {"intermediate_size": sizes.inner, "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads}
+    config |= {"num_key_value_heads": sizes.kv_heads, "tie_word_embeddings": False}
+    tensors = {name: view(name, shape) for name, shape in shapes(sizes)}
     write_checkpoint(Checkpoint(tensors, config, {}, "synthetic", lambda: "synthetic"), folder, dtype="BF16")
 
 
@@ -81,7 +96,7 @@ def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
     """All rows."""
     write_checkpoint(open_checkpoint(BASE), work / "smollm2", dtype="F32")
     for name, sizes in SYNTHETIC.items():
-        synthetic(work / name, *sizes)
+        synthetic(work / name, sizes)
     commands = {"PEFT merge and save": [sys.executable, "-c", PEFT, str(work / "smollm2"), str(work / "smollm2-lora"), str(work / "out")]}
     for name in ("smollm2", *SYNTHETIC):
         adapter(work / f"{name}-lora", open_checkpoint(str(work / name)))

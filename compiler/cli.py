@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from compiler.cli_bench import bench_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -194,7 +195,7 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, int8-stored, int8-dynamic, fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON
@@ -306,5 +307,6 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
+cli.add_command(bench_command)
 cli.add_command(delta_group)
 cli.add_command(targets_group)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from targets.errors import BundleError, TargetError, TrimtabError
 
-__all__ = ["ArchitectureError", "BundleError", "CheckpointError", "DeltaError", "LimitError", "OutputError", "RecipeError", "TargetError", "TrimtabError"]
+__all__ = [
+    "ArchitectureError",
+    "BenchError",
+    "BundleError",
+    "CheckpointError",
+    "DeltaError",
+    "LimitError",
+    "OutputError",
+    "RecipeError",
+    "TargetError",
+    "TrimtabError",
+]
 
 
 class RecipeError(TrimtabError):
@@ -33,3 +44,7 @@ class LimitError(TrimtabError):
     """A limit of the recipe was exceeded: no bundle is published. Exit code 3."""
 
     exit_code = 3
+
+
+class BenchError(TrimtabError):
+    """A side-by-side benchmark that cannot be run as asked: a peer that is not installed, a system that fails, results of another bundle."""

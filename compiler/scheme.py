@@ -31,8 +31,9 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 FORM = re.compile(r"int(?P<bits>[2-8])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?(-(?P<half>s16))?")
 KNOWN = (
     "intB-gN (B from 2 to 8; N in 16, 32, 64, 128, 256; append -asym for stored zero points, -s16 for float16 scales), "
-    "int8 and int8-dynamic (encoders), fp16, fp32"
+    "int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
 )
+ENCODER_KERNELS = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Scheme:
     kernel  float:  MatMul on float32, or float16 storage cast once at load
             nbits:  MatMulNBits with accuracy_level 4, GatherBlockQuantized for lookups (weights only)
             stored: 8-bit weights in groups of 32, expanded to float32 once at load; small on disk, exact enough for encoders
+            rows: 8-bit activations with one scale a token and per-output-channel 8-bit weights, outlying channels float (`graph.encoder_rows`), for encoders
             dynamic: 8-bit activations (one scale a call) and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
     """
 
@@ -68,8 +70,8 @@ class Scheme:
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
-        if self.kernel in ("stored", "dynamic"):
-            return "int8" if self.kernel == "stored" else "int8-dynamic"
+        if self.kernel in ENCODER_KERNELS:
+            return ENCODER_KERNELS[self.kernel]
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-s16' if self.half_scales else ''}"
 
@@ -132,7 +134,7 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
     return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
 
 
-ENCODER_SCHEMES = {"int8": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
+ENCODER_SCHEMES = {"int8": Scheme(8, None, True, "rows"), "int8-stored": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
 
 
 def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:

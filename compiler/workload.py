@@ -18,7 +18,7 @@ from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_b
 from targets.kernels import Case
 from targets.predict import Operator, Workload
 
-KERNELS = {"float": "MatMul", "nbits": "MatMulNBits", "stored": "MatMul", "dynamic": "DynamicQuantizeMatMul"}
+KERNELS = {"float": "MatMul", "nbits": "MatMulNBits", "stored": "MatMul", "dynamic": "DynamicQuantizeMatMul", "rows": "DynamicQuantizeMatMul"}
 QKV = re.compile(r"(.*[._])(query|key|value|[qkv]_lin|[qkv]_proj)\.weight")
 TABLES = re.compile(r"embed|shared\.weight|wte|wpe")
 
@@ -48,7 +48,7 @@ class MatrixUse:
         size = self.shape[0] * self.shape[1]
         if self.scheme.kernel == "nbits" and self.scheme.group_size:
             return size * self.scheme.kernel_bits // 8 + 8 * size // self.scheme.group_size
-        return self.bytes if self.scheme.kernel == "dynamic" else 4 * size
+        return self.bytes if self.scheme.kernel in ("dynamic", "rows") else 4 * size
 
 
 def matrices(checkpoint: Checkpoint, schemes: Schemes, decoder: bool = True) -> list[MatrixUse]:
@@ -63,7 +63,12 @@ def matrices(checkpoint: Checkpoint, schemes: Schemes, decoder: bool = True) -> 
         if name is not None:
             out, into = view.shape
             found[name] = (found.get(name, (0, 0))[0] + out, into)
-    return [MatrixUse(name, shape, schemes.of(name)) for name, shape in found.items()]
+    return [MatrixUse(name, shape, _narrowed(schemes.of(name), name, shape)) for name, shape in found.items()]
+
+
+def _narrowed(scheme: Scheme, name: str, shape: tuple[int, int]) -> Scheme:
+    """Under `rows` only queries, keys and values, and the widening matrix take integers; the others are float16 (`graph.encoder_weights`)."""
+    return scheme if scheme.kernel != "rows" or name.endswith("qkv") or shape[0] > shape[1] else Scheme(16)
 
 
 def workload(config: Mapping[str, Any], uses: Sequence[MatrixUse], decoder: bool) -> Workload:

@@ -1,8 +1,10 @@
-"""The encoder road: a checkpoint -> model.onnx + model.onnx.data, through transformers' OnnxExporter and our own passes.
+"""The encoder road: a checkpoint -> model.onnx + model.onnx.data.
 
-    skeleton   transformers model without weights, names matched to the checkpoint (`compiler.reference`)
-    trace      OnnxExporter, raw eager graph                                      (`encoder_trace`)
+    build      a family of `encoder_families`: the graph from names and shapes, without torch      (`encoder_builder`)
+    or, for any other encoder,
+    trace      transformers' OnnxExporter over a model without weights, raw eager graph             (`encoder_trace`)
     fuse       MultiHeadAttention, SkipLayerNormalization, BiasGelu                (`encoder_fusions`, `encoder_attention`)
+    then
     pool       pooling and normalisation in the graph                              (`encoder_pooling`)
     lower      weights streamed into the operators of the scheme                   (`encoder_weights`)
 
@@ -15,19 +17,24 @@ The file holds no time, path or source position, so equal inputs give equal byte
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from compiler.checkpoints.view import Checkpoint
+from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import ArchitectureError
-from compiler.graph.encoder_fusions import PLACEHOLDER, fuse
+from compiler.graph.encoder_builder import PLACEHOLDER, build_encoder
+from compiler.graph.encoder_families import EncoderPlan, plan_encoder
+from compiler.graph.encoder_fusions import fuse
 from compiler.graph.encoder_pooling import POOLINGS, add_pooling, configured_pooling
 from compiler.graph.encoder_rewrite import MICROSOFT, tidy
+from compiler.graph.encoder_rows import channel_peaks
 from compiler.graph.encoder_task import TASKS, infer_task, labels_of, max_length, task_config
 from compiler.graph.encoder_trace import OPSET, trace
 from compiler.graph.encoder_weights import Matrix, Weights, unlowered
@@ -43,7 +50,10 @@ AXES = ("batch", "sequence")
 
 @dataclass(frozen=True)
 class EncoderExport:
-    """What was written. files: name -> bytes. fusions: pass -> how often it fired; `unfused_softmax` counts attentions left as they were."""
+    """What was written. files: name -> bytes. built: by our builder, not traced.
+
+    fusions: kind of operator -> how many; `unfused_softmax` counts attentions that a traced graph keeps as they were.
+    """
 
     task: str
     inputs: tuple[str, ...]
@@ -55,6 +65,7 @@ class EncoderExport:
     files: dict[str, int]
     matrices: tuple[Matrix, ...]
     fusions: dict[str, int]
+    built: bool
 
 
 def export_encoder(
@@ -78,26 +89,43 @@ def export_encoder(
     chosen = task or infer_task(checkpoint)
     config = task_config(checkpoint, chosen)
     mode, unit = pooling_of(checkpoint, chosen, pooling, normalize)
-    model = skeleton(config, chosen, checkpoint.origin)
-    if chosen == "feature-extraction" and getattr(model, "pooler", None) is not None:
-        model.pooler = None  # no task of ours reads it
-    drop_unused_pooler(model, checkpoint)
-    tensors = match_tensors(model, checkpoint)
-    graph = trace(model, checkpoint.origin)
-    del model
-    single_output(graph, chosen)
-    fusions = fuse(graph)
+    plan = plan_encoder(config, chosen)
+    if plan is not None:
+        graph, tensors = build_encoder(plan, checkpoint)
+        fusions = {"attention": plan.layers, "unfused_softmax": 0}
+    else:
+        graph, tensors, fusions = traced(checkpoint, config, chosen)
     if mode is not None:
         add_pooling(graph, mode, unit)
     directory.mkdir(parents=True, exist_ok=True)
+    seen = observed(checkpoint, plan, directory) if plan is not None and scheme.kernel == "rows" else {}
     with DataFile(directory / "model.onnx.data") as data:
-        matrices = Weights(graph, tensors, scheme, data, progress).lower()
+        matrices = Weights(graph, tensors, scheme, data, progress, checkpoint.origin, seen).lower()
     finish(graph)
     save(graph, directory / "model.onnx")
     files = {name: (directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
     labels = () if chosen == "feature-extraction" else labels_of(checkpoint)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
-    return EncoderExport(chosen, inputs, outputs, mode, unit, max_length(checkpoint), labels, files, tuple(matrices), fusions)
+    return EncoderExport(chosen, inputs, outputs, mode, unit, max_length(checkpoint), labels, files, tuple(matrices), fusions, plan is not None)
+
+
+def observed(checkpoint: Checkpoint, plan: EncoderPlan, directory: Path) -> Mapping[str, np.ndarray]:
+    """`channel_peaks` of a float32 export that is gone again afterwards."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        export_encoder(checkpoint, Scheme(), Path(folder), task=plan.task, pooling="none")
+        return channel_peaks(Path(folder), plan.vocabulary, plan.positions)
+
+
+def traced(checkpoint: Checkpoint, config: dict[str, Any], task: str) -> tuple[ir.Model, dict[str, TensorView], dict[str, int]]:
+    """(fused graph, name -> tensor, how often each pass fired) by way of transformers' exporter."""
+    model = skeleton(config, task, checkpoint.origin)
+    if task == "feature-extraction" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # no task of ours reads it
+    drop_unused_pooler(model, checkpoint)
+    tensors = match_tensors(model, checkpoint)
+    graph = trace(model, checkpoint.origin)
+    single_output(graph, task)
+    return graph, tensors, fuse(graph)
 
 
 def pooling_of(checkpoint: Checkpoint, task: str, pooling: str | None, normalize: bool | None) -> tuple[str | None, bool]:

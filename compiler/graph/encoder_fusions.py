@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.graph.encoder_attention import fuse_attention
+from compiler.graph.encoder_builder import PLACEHOLDER
 from compiler.graph.encoder_rewrite import (
     MICROSOFT,
     add_constant,
@@ -30,8 +31,6 @@ from compiler.graph.encoder_rewrite import (
     tidy,
     users,
 )
-
-PLACEHOLDER = "trimtab.placeholder"  # domain of Linear until it is lowered
 
 
 def fuse(model: ir.Model) -> dict[str, int]:

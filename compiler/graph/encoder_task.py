@@ -7,6 +7,7 @@ from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError
+from compiler.graph.encoder_families import FAMILIES
 from compiler.graph.encoder_pooling import read_json
 
 TASKS = ("feature-extraction", "text-classification", "token-classification")  # names of optimum's TasksManager
@@ -82,7 +83,9 @@ def task_config(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
 
 
 def is_encoder(family: str) -> bool:
-    """A family that transformers has a masked language model for, and no causal-only decoder."""
+    """A family of ours, or one that transformers has a masked language model for, and no causal-only decoder."""
+    if family in FAMILIES:
+        return True
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES

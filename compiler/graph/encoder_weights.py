@@ -6,6 +6,7 @@
 4. Under `dynamic` the table has 8 bits in groups of the largest size of 128, 64, 32, 16 that divides the width; under nbits the scheme's
    own bits, group size permitting; a width that none divides stays float.
 5. Everything else (norms, biases, positions) is float32 (float16 under fp16, cast once at load).
+6. Under `rows` a Linear behind a norm takes `encoder_rows`; any other is stored as float16 and multiplied in float32, and so is all of a traced graph.
 One tensor is in memory at a time.
 """
 
@@ -19,10 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.checkpoints.view import TensorView
-from compiler.graph.encoder_fusions import PLACEHOLDER
-from compiler.graph.encoder_quantize import quantize_channels
+from compiler.graph.encoder_builder import PLACEHOLDER
+from compiler.graph.encoder_quantize import quantize_pairs
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
+from compiler.graph.encoder_rows import row_scaled_linear, wide_channels
 from compiler.graph.external_data import DataFile
+from compiler.graph.weights import finite
 from compiler.quantizers import nbits
 from compiler.scheme import Scheme
 
@@ -51,6 +54,8 @@ class Weights:
     scheme: Scheme
     data: DataFile
     update: Update | None = None
+    origin: str = ""
+    peaks: Mapping[str, np.ndarray] = field(default_factory=dict)  # weight -> largest magnitude of each input channel [in]; for `rows`
     matrices: list[Matrix] = field(default_factory=list)
     stored: dict[str, list[ir.Value]] = field(default_factory=dict)
 
@@ -72,8 +77,12 @@ class Weights:
     def read(self, value: ir.Value) -> np.ndarray:
         """float32 [out, in] of a weight, the parts of a joined one on top of each other."""
         parts = value.meta.get("parts") or [value.name]
-        arrays = [self.tensors[name].read() for name in parts]
+        arrays = [finite(self.origin, name, self.tensors[name].read()) for name in parts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def checked(self, view: TensorView) -> Iterator[np.ndarray]:
+        """The blocks of a table. Raises CheckpointError for NaN or infinity."""
+        return (finite(self.origin, view.name, block) for _, block in view.blocks())
 
     def lower_linear(self, node: ir.Node) -> None:
         """Rules 1 and 2."""
@@ -81,8 +90,11 @@ class Weights:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if source is None or weight is None or weight.shape is None:
             raise ValueError(f"{node.name}: a Linear without input or weight")
-        scheme = self.scheme if takes_scheme(node) else Scheme()
         name, (out, width) = str(weight.name), (int(weight.shape[0]), int(weight.shape[1]))
+        scheme = self.scheme_of(node, name)
+        if scheme.kernel == "rows":
+            self.lower_rows(node, source, weight, bias)
+            return
         if name not in self.stored:
             self.stored[name] = self.store_matrix(name, self.read(weight), scheme)
         stored = self.stored[name]
@@ -94,17 +106,42 @@ class Weights:
             new = insert(node, "MatMulNBits", [source, codes, scales, zeros[0] if zeros else None, None, bias], domain=MICROSOFT, **settings)
         else:
             weights = self.dequantized(node, stored, width) if scheme.kernel == "stored" else self.widened(node, stored[0])
-            new = insert(node, "MatMul", [source, weights])
-            if bias is not None:
-                new = insert(node, "Add", [new.outputs[0], bias])
+            if node.meta.get("tokens"):  # rows of tokens: one Gemm, its bias inside
+                new = insert(node, "Gemm", [source, weights, bias])
+            else:
+                new = insert(node, "MatMul", [source, weights])
+                new = insert(node, "Add", [new.outputs[0], bias]) if bias is not None else new
         replace(node.outputs[0], new.outputs[0])
+        self.model.graph.remove(node, safe=True)
+
+    def scheme_of(self, node: ir.Node, name: str) -> Scheme:
+        """Rules 1, 2 and 6."""
+        if not takes_scheme(node):
+            return Scheme()
+        if self.scheme.kernel == "rows" and not (node.meta.get("normed") and name in self.peaks):
+            return Scheme(16)
+        return self.scheme
+
+    def lower_rows(self, node: ir.Node, source: ir.Value, weight: ir.Value, bias: ir.Value | None) -> None:
+        """Rule 6, by `encoder_rows`."""
+        name, matrix = str(weight.name), self.read(weight)
+        wide = wide_channels(self.peaks[name])
+        start = self.data.size
+        rest = matrix.copy()
+        rest[:, wide] = 0
+        codes, scales = quantize_pairs(rest)
+        offset = self.read(bias) if bias is not None else np.zeros(len(matrix), np.float32)
+        parts = {"int8": codes, "scales": scales, "offset": offset, "wide": np.ascontiguousarray(matrix[:, wide].T)}
+        stored = [self.put(name, suffix, array) for suffix, array in parts.items()]
+        self.matrices.append(Matrix(name, matrix.shape, str(self.scheme), self.data.size - start))
+        replace(node.outputs[0], row_scaled_linear(node, source, stored, wide, matrix.shape[1]))
         self.model.graph.remove(node, safe=True)
 
     def store_matrix(self, name: str, weight: np.ndarray, scheme: Scheme) -> list[ir.Value]:
         """Writes [out, in] as the kernel wants it; the operator's inputs after x."""
         start = self.data.size
         if scheme.kernel == "dynamic":
-            codes, scales = quantize_channels(weight)
+            codes, scales = quantize_pairs(weight)
             values = [self.put(name, "int8", codes), self.put(name, "scales", scales)]
         elif scheme.kernel == "stored":
             packed = nbits.quantize(weight, scheme)
@@ -131,7 +168,7 @@ class Weights:
         if scheme.quantized:
             new = self.quantized_lookup(node, name, view, scheme)
         elif scheme.bits == 16:
-            halves = self.data.add_blocks(name + "_f16", view.shape, np.dtype(np.float16), (block for _, block in view.blocks()))
+            halves = self.data.add_blocks(name + "_f16", view.shape, np.dtype(np.float16), self.checked(view))
             rows = insert(node, "Gather", [self.register(halves), node.inputs[1]])
             new = insert(node, "Cast", [rows.outputs[0]], to=ir.DataType.FLOAT.value)
         else:
@@ -145,7 +182,7 @@ class Weights:
         rest: list[Any] = []
 
         def codes() -> Iterator[np.ndarray]:
-            for _, block in view.blocks():
+            for block in self.checked(view):
                 packed = nbits.quantize(block, scheme)
                 rest.append((packed.scales, packed.zero_points))
                 yield packed.codes.reshape(len(block), -1)
@@ -233,9 +270,9 @@ def is_lookup(node: ir.Node, tensors: Mapping[str, TensorView]) -> bool:
 
 
 def takes_scheme(node: ir.Node) -> bool:
-    """Rule 2."""
+    """Rule 2. The builder says what runs over tokens; in a traced graph the rank does."""
     source, weight = node.inputs[0], node.inputs[1]
-    over_tokens = source is not None and source.shape is not None and source.shape.rank() == 3
+    over_tokens = node.meta.get("tokens", source is not None and source.shape is not None and source.shape.rank() == 3)
     return over_tokens and weight is not None and weight.shape is not None and int(weight.shape[0]) >= FEW_OUTPUTS
 
 

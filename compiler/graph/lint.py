@@ -14,6 +14,11 @@ MatMulInteger, MatMulIntegerToFloat, DynamicQuantizeMatMul:
 
 Every operator that multiplies matrices:
 9. no float16 operand on the CPU: it is cast to float32 on every call; stored float16 is widened by a Cast of the initializer, which is folded
+
+Integer products of uint8 activations and int8 weights (U8S8), a fault of results:
+10. |w[k]| + |w[k + 1]| <= 128 for even k: on x86 without VNNI the kernel adds two products in 16 bits (vpmaddubsw), and 255 * 129 does not fit.
+   Codes of 7 bits always hold it; uint8 weights need no bound, their kernel widens first. It is proven from the codes in the file, for any activation,
+   and asked of every file, since a file says nothing of the machines it will be copied to.
 """
 
 from __future__ import annotations
@@ -24,10 +29,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from compiler.errors import BundleError
+from compiler.graph.encoder_quantize import PAIR_BOUND, worst_pair
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WIDTHS = (2, 4, 8)
-INTEGER = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1}  # operator -> input that holds the weights
+INTEGER = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "QAttention": 1}  # operator -> input that holds the weights
 FLOAT = ("MatMul", "FusedMatMul", "Gemm")
 
 
@@ -47,10 +53,12 @@ def node_faults(node: ir.Node) -> Iterator[str]:
 
 
 def integer_faults(node: ir.Node) -> Iterator[str]:
-    """Rules 7 and 8 for one product of integers."""
+    """Rules 7, 8 and 10 for one product of integers."""
     activations, weights = node.inputs[0], node.inputs[INTEGER[node.op_type]]
     if weights is not None and not constant(weights):
         yield f"{weights.name} is not an initializer: nothing can be prepacked"
+    elif weights is not None and weights.dtype == ir.DataType.INT8:
+        yield from pair_faults(weights)
     if activations is not None and activations.dtype == ir.DataType.INT8:
         yield "int8 activations: no kernel of x86 takes them"
 
@@ -74,6 +82,14 @@ def nbits_faults(node: ir.Node) -> Iterator[str]:
             yield f"{value.name} is not an initializer: nothing can be prepacked"
 
 
+def pair_faults(weights: ir.Value) -> Iterator[str]:
+    """Rule 10 for int8 [in, out]."""
+    if weights.const_value is None:
+        yield f"{weights.name} is computed: whether its products saturate cannot be told"
+    elif (worst := worst_pair(weights.const_value.numpy())) > PAIR_BOUND:
+        yield f"{weights.name} has neighbouring codes of {worst} together, more than {PAIR_BOUND}: 16-bit sums saturate on processors without VNNI"
+
+
 def constant(value: ir.Value) -> bool:
     """Whether a value depends on initializers alone."""
     if value.is_initializer():
@@ -86,4 +102,9 @@ def require_clean(model_path: Path) -> None:
     """Raises BundleError listing all faults of the graph at `model_path`."""
     faults = lint(ir.load(model_path))
     if faults:
-        raise BundleError(str(model_path), expected="kernels that keep their weights packed", found="; ".join(faults), remedy="export again with this compiler")
+        raise BundleError(
+            str(model_path),
+            expected="kernels that keep their weights packed and sums that cannot saturate",
+            found="; ".join(faults),
+            remedy="export again with this compiler",
+        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
-from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme
+from compiler.scheme import ENCODER_KERNELS, Scheme, Schemes, matrix_name, parse_scheme
 from compiler.stages.quantize import codes_in
 from compiler.store import writing
 
@@ -78,11 +78,11 @@ def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
 
 
 def _refuse_dynamic(schemes: list[Scheme]) -> None:
-    if any(scheme.kernel in ("stored", "dynamic") for scheme in schemes):
+    if any(scheme.kernel in ENCODER_KERNELS for scheme in schemes):
         raise ArchitectureError(
             "quantize.scheme",
             expected="a weight-only scheme for a decoder (int8-g32, int4-g64, ...)",
-            found="int8 or int8-dynamic, which are forms for encoders: one activation scale a tensor ruins decoders",
+            found="int8, int8-stored or int8-dynamic, which are forms for encoders",
             remedy="use int8-g64",
         )
 

@@ -4,14 +4,14 @@ from compiler.errors import RecipeError
 from compiler.scheme import Scheme, Schemes, parse_scheme
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "int4-g64-asym", "int8-g128", "int8", "int8-dynamic", "fp32", "fp16"])
+@pytest.mark.parametrize("text", ["int4-g32", "int4-g64-asym", "int8-g128", "int8", "int8-stored", "int8-dynamic", "fp32", "fp16"])
 def test_every_word_reads_back(text):
     assert str(parse_scheme(text)) == text
 
 
-@pytest.mark.parametrize("text", ["int4", "int5-g32", "int4-g48", "auto ", "int4-g32-foo", ""])
+@pytest.mark.parametrize("text", ["int4", "int9-g32", "int4-g48", "auto ", "int4-g32-foo", ""])
 def test_unknown_words_name_the_known(text):
-    with pytest.raises(RecipeError, match=r"quantize.scheme: expected int4-gN.*choose one"):
+    with pytest.raises(RecipeError, match=r"quantize.scheme: expected int[4B]-gN.*choose one"):
         parse_scheme(text)
 
 

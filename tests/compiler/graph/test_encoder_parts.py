@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import ArchitectureError, CheckpointError
 from compiler.graph.encoder_pooling import configured_pooling
-from compiler.graph.encoder_quantize import dequantize_channels, quantize_channels
+from compiler.graph.encoder_quantize import PAIR_BOUND, dequantize_channels, quantize_pairs, worst_pair
 from compiler.graph.encoder_task import infer_task, labels_of, max_length, task_config
 from compiler.reference import match_tensors, skeleton
 
@@ -108,17 +108,21 @@ def test_length_is_the_least_limit() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
-def test_channels_are_within_half_a_step(rows: int, width: int, seed: int) -> None:
+def test_pairs_are_bounded_and_near(rows: int, width: int, seed: int) -> None:
+    """The search may always take codes within 64, so the error is never above that grid's."""
     weight = np.random.default_rng(seed).normal(0, 1, (rows, width)).astype(np.float32)
     weight[0] = 0
-    codes, scales = quantize_channels(weight)
+    codes, scales = quantize_pairs(weight)
     assert codes.dtype == np.int8
     assert codes.shape == (width, rows)
-    assert np.all(np.abs(dequantize_channels(codes, scales) - weight) <= scales[:, None] * 0.5001)
+    assert worst_pair(codes) <= PAIR_BOUND
     assert np.all(codes[:, 0] == 0)
+    error = np.square(dequantize_channels(codes, scales) - weight).sum(axis=1)
+    assert np.all(error <= width * np.square(np.abs(weight).max(axis=1) / 64 / 2) * 1.001)
 
 
-def test_channels_worked_case() -> None:
-    codes, scales = quantize_channels(np.array([[127.0, -63.4, 0.0], [-2.54, 1.27, 0.02]], np.float32))
-    assert codes.T.tolist() == [[127, -63, 0], [-127, 64, 1]] or codes.T.tolist() == [[127, -63, 0], [-127, 63, 1]]
-    assert np.allclose(scales, [1.0, 0.02])
+def test_pairs_worked_case() -> None:
+    """127 beside 63 is beyond 128, so the row's largest code falls; 127 beside 1 is not."""
+    codes, scales = quantize_pairs(np.array([[127.0, 1.0, 0.0], [127.0, -127.0, 0.0]], np.float32))
+    assert codes.T.tolist() == [[127, 1, 0], [64, -64, 0]]
+    assert np.allclose(scales, [1.0, 127 / 64])

