@@ -18,7 +18,7 @@ from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
 from compiler.errors import RecipeError
 from compiler.limits import quantity
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -118,9 +118,18 @@ class Quantize(Part):
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property
+    def auto(self) -> bool:
+        """Whether rows are chosen by matrix for a target's limits (compiler.auto); `layers` are then what stays as written."""
+        return self.scheme == "auto"
+
+    @property
+    def fixed(self) -> dict[str, Scheme]:
+        return {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
+
+    @property
     def schemes(self) -> Schemes:
-        overrides = {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
-        return Schemes(parse_scheme(self.scheme), overrides)
+        """The schemes as written. Raises RecipeError for `auto`, which has none before a target is known."""
+        return Schemes(parse_scheme(self.scheme), self.fixed)
 
 
 class Evaluate(Part):
@@ -210,7 +219,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         raise _first_problem(error, path, listed=isinstance(raw.get("deltas"), list)) from error
     for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
         raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
-    _ = recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
+    _ = recipe.quantize.fixed if recipe.quantize.auto else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
     recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
     return recipe
 
