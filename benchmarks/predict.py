@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from compiler.commands import probe_target
-from compiler.pipeline import open_sources
 from compiler.progress import Progress
 from compiler.scheme import Schemes, parse_scheme
+from compiler.sources import Mixture
 from compiler.stages import export, package
 from compiler.workload import exported_workload
 from runtimes.bench import BenchOptions, measure_in_child
@@ -31,7 +31,7 @@ SERIES = {"decoder": ("ttft_ms", "tpot_ms"), "encoder": ("encode_ms",)}
 
 def build(base: str, scheme: str, folder: Path) -> Path:
     """Exported files with the manifest that the runtime asks for."""
-    sources = open_sources(base, [])
+    sources = Mixture(base).open()
     options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
     folder.mkdir()
     summary = export.export(sources.merged, options, folder, lambda *_: None)

@@ -61,7 +61,7 @@ def bimodal(stay: float) -> Process:
 
     def draw(rng: Rng, count: int, percentile: float) -> NDArray[np.float64]:
         share = 2 * (1 - percentile / 100)  # of the slow mode; half of it is over the limit
-        share = min(share, 0.9)
+        share = min(share, 0.6)
         enter = (1 - stay) * share / (1 - share)
         slow, modes, chances = rng.random() < share, np.empty(count, bool), rng.random(count)
         for at in range(count):

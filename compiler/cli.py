@@ -130,7 +130,10 @@ def plan_command(recipe: Path, settings: tuple[str, ...], as_json: bool) -> None
         _print_json(plans)
         return
     for plan in plans:
-        click.echo(f"{plan['name']} for {plan['target']}: about {plan['predicted_size_mb']:.1f} MB of weights (predicted)")
+        size = "size not known yet" if plan["predicted_size_mb"] is None else f"about {plan['predicted_size_mb']:.1f} MB of weights (predicted)"
+        click.echo(f"{plan['name']} for {plan['target']}: {size}")
+        for row in plan.get("chosen", {}).get("rows", ()):
+            click.echo(f"  {row['name']:36s} {row['scheme']:18s} {row['bytes'] / 1e6:8.3f} MB   KL {row['kl']:.2e}")
         for line in prediction_lines(plan["prediction"]):
             click.echo(f"  {line}")
         for row in plan["steps"]:

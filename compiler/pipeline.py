@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compiler import attached, judge
+from compiler import attached, auto, judge
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet, load_rows
 from compiler.foresight import foresee
 from compiler.judge import Outcome
-from compiler.plan import Plan, make_plan
+from compiler.plan import Plan, Step, make_plan
 from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
 from compiler.record import Record, Stopwatch, peak_rss_mb, versions
 from compiler.report.verdict import PASS, Verdict
+from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
@@ -44,13 +45,15 @@ def _recipe_data(recipe: Recipe) -> EvaluationSet:
     return load_rows(path, recipe.evaluate.limit_rows)
 
 
-def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem) -> Plan:
-    options = export_stage.resolve_options(sources.merged, recipe.quantize.schemes, recipe.task, recipe.max_length)
+def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
+    """schemes: chosen for this target where the recipe says auto."""
+    schemes = schemes or recipe.quantize.schemes
+    options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
-        quantize = resolve_method(sources.merged, recipe.quantize.schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
     elif recipe.quantize.method != "rtn":
         raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
     return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
@@ -59,10 +62,13 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
 def _calibration(recipe: Recipe) -> EvaluationSet | None:
     """The text that a calibrated method runs through the model; None where no method asks for any."""
     from compiler.quantizers.methods import METHODS
+
+    return _calibration_text(recipe) if METHODS[recipe.quantize.method].calibrated else None
+
+
+def _calibration_text(recipe: Recipe) -> EvaluationSet:
     from compiler.quantizers.windows import calibration_set
 
-    if not METHODS[recipe.quantize.method].calibrated:
-        return None
     named = recipe.quantize.calibration
     return calibration_set(None if named == "builtin" else recipe.folder / named)
 
@@ -70,16 +76,33 @@ def _calibration(recipe: Recipe) -> EvaluationSet | None:
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
     sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    plans = [_plan(recipe, sources, data, target) for target in recipe.targets]
-    options = plans[0].step("export").params
-    size_mb = predicted_bytes(sources.merged, recipe.quantize.schemes, every_matrix=options["road"] == export_stage.ENCODER) / 1e6
-    size_mb += attached.predicted_bytes(sources) / 1e6
-    decoder = options["road"] == export_stage.DECODER
-    foreseen = [foresee(sources.merged, recipe.quantize.schemes, decoder, _profile(recipe, target)) for target in recipe.targets]
-    return [
-        {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb, "prediction": prediction, "steps": plan.rows(store)}
-        for plan, prediction in zip(plans, foreseen, strict=True)
-    ]
+    return [_foreseen(recipe, sources, data, target, store) for target in recipe.targets]
+
+
+def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, store: Store) -> dict[str, Any]:
+    profile, chosen = _profile(recipe, target), None
+    if recipe.quantize.auto:
+        step = _sensitivity_step(recipe, sources)
+        measured = auto.stored_sensitivity(step, store)
+        if measured is None:
+            unknown = {"unknown": "auto chooses once the sensitivities are measured, which compiling does"}
+            steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
+            return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
+        chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
+    schemes = chosen.schemes if chosen else recipe.quantize.schemes
+    plan = _plan(recipe, sources, data, target, schemes)
+    decoder = plan.step("export").params["road"] == export_stage.DECODER
+    size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
+    row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
+    row |= {"prediction": foresee(sources.merged, schemes, decoder, profile), "steps": plan.rows(store)}
+    return row | ({"chosen": chosen.as_dict()} if chosen else {})
+
+
+def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
+    """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
+    if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
+        raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
+    return auto.sensitivity_step(sources.identity, _calibration_text(recipe).digest, recipe.seed)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -91,7 +114,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    return [Run(recipe, sources, data, store, progress, max_seconds).target(item, profile, out) for item, profile in targets]
+    run = Run(recipe, sources, data, store, progress, max_seconds)
+    return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
 @dataclass(frozen=True)
@@ -104,10 +128,27 @@ class Run:
     store: Store
     progress: Progress
     max_seconds: float = 0.0  # cap on measuring one target; 0 for none
+    chosen: auto.Chosen | None = None  # for the target at hand, where the recipe says auto
+
+    def settle(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
+        """Choose for the target, build, and choose again where a check disagrees (compiler.auto)."""
+        step = _sensitivity_step(self.recipe, self.sources)
+        cached = self.store.get(step.key) is not None
+        with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
+            found = auto.measured_sensitivity(self.sources.merged, step, _calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed)
+        chooser = auto.Chooser(self.sources.merged, found, profile, item.limits, self.recipe.quantize.fixed)
+
+        def build(chosen: auto.Chosen) -> Outcome:
+            expected = ", ".join(f"{name} {value:.4g}" for name, value in chosen.expected.items())
+            with self.progress.stage("choose", f"{chosen.counts()}; expected {expected}"):
+                pass
+            return replace(self, chosen=chosen).target(item, profile, out)
+
+        return auto.settle(chooser, build)
 
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
-        plan = _plan(self.recipe, self.sources, self.data, item)
+        plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
         codes, quantized = self._quantize(plan, self.sources)
         exported, export_record = self._export(plan, self.sources, codes)
@@ -127,6 +168,7 @@ class Run:
             records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
+            document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             document["adapters"] = self._cost(item, profile, work, summary["model"])
             return _finish(work, place, document, facts, verdict)
 
@@ -136,7 +178,7 @@ class Run:
         if not name:
             return []
         twin = self.sources.attached[name]
-        plan = _plan(self.recipe, twin, self.data, item)
+        plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
         exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)

@@ -15,7 +15,7 @@ from compiler.record import versions
 from compiler.store import Store, cache_key
 
 # Raised by hand whenever a stage's output changes for the same inputs.
-QUANTIZE_VERSION = 1
+QUANTIZE_VERSION = 2
 EXPORT_VERSION = 2
 EVALUATE_VERSION = 3
 

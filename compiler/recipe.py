@@ -18,7 +18,7 @@ from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
 from compiler.errors import RecipeError
 from compiler.limits import quantity
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -74,7 +74,7 @@ class Deltas(Part):
     def consistent(self) -> Deltas:
         if self.mode == "attached" and not self.items:
             raise RecipeError("deltas.mode", expected="items to attach", found="none", remedy="add items, or remove mode")
-        names = [item.called.casefold() for item in self.items]  # names of files, where they are attached
+        names = [name.casefold() for name in self.names]  # names of files, where they are attached
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise RecipeError("deltas", expected="a name of its own for each delta", found=f"{twice!r} twice", remedy="give one of them another `name`")
@@ -82,6 +82,20 @@ class Deltas(Part):
             raise RecipeError("deltas", expected="items for only and scale to act on", found="none", remedy="add items, or remove only and scale")
         _ = self.select
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each is called. Of merged ones, a folder's name that is taken is numbered: support, support-2; attached ones are asked for by name."""
+        taken = {item.name.casefold() for item in self.items if item.name}
+        found = []
+        for item in self.items:
+            name, number = item.called, 1
+            while not item.name and self.mode == "merged" and name.casefold() in taken:
+                number += 1
+                name = f"{item.called}-{number}"
+            taken.add(name.casefold())
+            found.append(name)
+        return tuple(found)
 
     @property
     def select(self) -> Selection:
@@ -118,9 +132,18 @@ class Quantize(Part):
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property
+    def auto(self) -> bool:
+        """Whether rows are chosen by matrix for a target's limits (compiler.auto); `layers` are then what stays as written."""
+        return self.scheme == "auto"
+
+    @property
+    def fixed(self) -> dict[str, Scheme]:
+        return {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
+
+    @property
     def schemes(self) -> Schemes:
-        overrides = {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
-        return Schemes(parse_scheme(self.scheme), overrides)
+        """The schemes as written. Raises RecipeError for `auto`, which has none before a target is known."""
+        return Schemes(parse_scheme(self.scheme), self.fixed)
 
 
 class Evaluate(Part):
@@ -210,7 +233,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         raise _first_problem(error, path, listed=isinstance(raw.get("deltas"), list)) from error
     for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
         raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
-    _ = recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
+    _ = recipe.quantize.fixed if recipe.quantize.auto else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
     recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
     return recipe
 

@@ -31,9 +31,9 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 FORM = re.compile(r"int(?P<bits>[2-8])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?(-(?P<half>s16))?")
 KNOWN = (
     "intB-gN (B from 2 to 8; N in 16, 32, 64, 128, 256; append -asym for stored zero points, -s16 for float16 scales), "
-    "int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
+    "int8-rows (decoders), int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
 )
-ENCODER_KERNELS = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic"}
+NAMES = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic", "tokens": "int8-rows"}  # kernel -> its one scheme
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Scheme:
     kernel  float:  MatMul on float32, or float16 storage cast once at load
             nbits:  MatMulNBits with accuracy_level 4, GatherBlockQuantized for lookups (weights only)
             stored: 8-bit weights in groups of 32, expanded to float32 once at load; small on disk, exact enough for encoders
+            tokens: 8-bit activations (one scale a token) and per-output-channel weights of 7 bits in a byte (MatMulIntegerToFloat), for decoders
             rows: 8-bit activations with one scale a token and per-output-channel 8-bit weights, outlying channels float (`graph.encoder_rows`), for encoders
             dynamic: 8-bit activations (one scale a call) and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
     """
@@ -70,8 +71,8 @@ class Scheme:
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
-        if self.kernel in ENCODER_KERNELS:
-            return ENCODER_KERNELS[self.kernel]
+        if self.kernel in NAMES:
+            return NAMES[self.kernel]
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-s16' if self.half_scales else ''}"
 
@@ -85,7 +86,8 @@ class Schemes:
 
     Names are the fused matrices of the graph: `model.layers.3.attn.qkv_proj`, `model.layers.3.attn.o_proj`,
     `model.layers.3.mlp.gate_up_proj`, `model.layers.3.mlp.down_proj`, `lm_head`, `model.embed_tokens`.
-    A tied embedding follows `lm_head`: both are one stored tensor.
+    A tied embedding follows `lm_head`: both are one stored tensor. Under `int8-rows` head and embedding are int8-g64: the head reads one token at a time,
+    and a lookup needs groups.
     """
 
     default: Scheme
@@ -96,7 +98,7 @@ class Schemes:
         for pattern, scheme in self.overrides.items():
             if fnmatchcase(name, pattern):
                 chosen = scheme
-        return chosen
+        return HEAD_OF_ROWS if chosen.kernel == "tokens" and name in ("lm_head", "model.embed_tokens") else chosen
 
 
 FUSED = (
@@ -128,13 +130,15 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
         return size * scheme.bits // 8
     rows, width = shape
     if scheme.group_size is None:
-        return size * scheme.bits // 8 + 4 * rows
+        return size * scheme.kernel_bits // 8 + 4 * rows
     groups = -(-width // scheme.group_size)
     zero_points = 0 if scheme.symmetric else -(-groups * scheme.kernel_bits // 8)
     return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
 
 
 ENCODER_SCHEMES = {"int8": Scheme(8, None, True, "rows"), "int8-stored": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
+DECODER_SCHEMES = {"int8-rows": Scheme(7, None, True, "tokens")}
+HEAD_OF_ROWS = Scheme(8, 64, True, "nbits")
 
 
 def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
@@ -145,6 +149,6 @@ def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     bits = int(match["bits"]) if match else 0
     if match and match["group"] and int(match["group"]) in GROUP_SIZES:
         return Scheme(bits, int(match["group"]), match["asym"] != "asym", "nbits", bool(match["half"]))
-    if text in ENCODER_SCHEMES:
-        return ENCODER_SCHEMES[text]
+    if text in ENCODER_SCHEMES or text in DECODER_SCHEMES:
+        return {**ENCODER_SCHEMES, **DECODER_SCHEMES}[text]
     raise RecipeError(place, expected=KNOWN, found=repr(text), remedy="choose one of these schemes")

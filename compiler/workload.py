@@ -18,7 +18,14 @@ from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_b
 from targets.kernels import Case
 from targets.predict import Operator, Workload
 
-KERNELS = {"float": "MatMul", "nbits": "MatMulNBits", "stored": "MatMul", "dynamic": "DynamicQuantizeMatMul", "rows": "DynamicQuantizeMatMul"}
+KERNELS = {
+    "float": "MatMul",
+    "nbits": "MatMulNBits",
+    "stored": "MatMul",
+    "dynamic": "DynamicQuantizeMatMul",
+    "rows": "DynamicQuantizeMatMul",
+    "tokens": "DynamicQuantizeMatMul",
+}
 QKV = re.compile(r"(.*[._])(query|key|value|[qkv]_lin|[qkv]_proj)\.weight")
 TABLES = re.compile(r"embed|shared\.weight|wte|wpe")
 
@@ -48,7 +55,7 @@ class MatrixUse:
         size = self.shape[0] * self.shape[1]
         if self.scheme.kernel == "nbits" and self.scheme.group_size:
             return size * self.scheme.kernel_bits // 8 + 8 * size // self.scheme.group_size
-        return self.bytes if self.scheme.kernel in ("dynamic", "rows") else 4 * size
+        return self.bytes if self.scheme.kernel in ("dynamic", "rows", "tokens") else 4 * size
 
 
 def matrices(checkpoint: Checkpoint, schemes: Schemes, decoder: bool = True) -> list[MatrixUse]:

@@ -107,7 +107,9 @@ class _Question:
             self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
 
     def _test(self, values: Sequence[float], look: int) -> PercentileTest:
-        return percentile_test(values, self.limit.limit, self.limit.percentile, look_confidence(look, self._confidence), design_effect(values))
+        return percentile_test(
+            values, self.limit.limit, self.limit.percentile, look_confidence(look, self._confidence), design_effect(values, self.limit.percentile)
+        )
 
 
 def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> Samples:

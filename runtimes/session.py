@@ -6,12 +6,12 @@ spinning     worker threads spin between operators. A decode step is some hundre
 sequential   one operator at a time: transformer graphs are chains, and parallel execution only splits the caches.
 mem pattern  off: it plans buffers for the shapes of an earlier run, and lengths change from call to call.
 provider     a row of `runtimes.providers`; the CPU unless another is asked for.
-denormals    flushed to zero where a process does nothing but run a bundle (`trimtab run`, the child that measures): attention makes many, and an AMD Zen 3
-             decodes 1.06 to 1.12 times as fast without them. onnxruntime sets this for the calling thread for good, so a process that also merges or
-             evaluates leaves it alone.
-tried        each in processes of its own, 40 to 60 interleaved rounds, SmolLM2 int4-g64, 2 threads, context 0: pinned worker 1.02, spin duration 1 to 10 ms
-             1.02 to 1.15, spin backoff 1 to 64 0.98 to 1.08, dynamic_block_base 4 1.09 to 1.13, no arena 1.08, all of them beside flushed denormals 1.11:
-             nothing beyond the spread of the same settings run twice (0.91 to 1.14), so they keep their defaults.
+denormals    flushed to zero where a process does nothing but run a bundle (`trimtab run`, the child that measures): decoding SmolLM2 int4-g64 at
+             context 0 on an AMD Zen 3 took 1.12 (quartiles 1.07 to 1.20, 40 interleaved rounds) and 1.20 (1.04 to 1.31, 60 rounds) times as long without it;
+             longer contexts were not measured alone. onnxruntime sets this for the calling thread for good, so a process that also merges or evaluates
+             leaves it alone.
+undecided    dynamic_block_base 4 gave 1.13 (1.05 to 1.27) in one run, a spin of 10 ms 1.15 and 1.02 in two; the same settings run twice gave 1.02 (0.91 to
+             1.14). They keep their defaults until a quiet machine decides.
 exact        MatMulNBits with float32 activations (`accuracy_level` 1) in place of what the graph says: slower, and free of the rounding of activations to
              8 bits, which turns the last bit of a sum into a step. What must be equal is compared so (`runtimes.behaviours`). One byte of the graph changes.
 optimisation onnxruntime's graph optimisations: all, basic or none.

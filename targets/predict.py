@@ -8,7 +8,7 @@ A `Workload` is the operators of one run in the columns of the kernel table (`ta
    max(bytes / bandwidth, operations / rate), plus one parallel region. Rates are the profile's; MatMulNBits reaches NBITS_SHARE of the int8 rate.
 3. TTFT is the prompt's runs, chunk after chunk. TPOT is a run of one token at the middle of the answer.
 4. Every figure has an interval, as wide as its evidence: TABLE_HERE for a table measured on this machine, TABLE for another machine's or a class's, ROOFLINE
-   otherwise. The first is what `benchmarks/predict.py` holds it to; the others are what rooflines miss kernels by on the two machines we measured.
+   otherwise, MEMORY for memory. They are set by what `benchmarks/predict.py` found; docs/prediction.md has its table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from targets.kernels import ATTENTION, MATRICES, Case, Point
 from targets.profile import Profile
 from targets.table import KernelTable
 
-TABLE_HERE, TABLE, ROOFLINE = 0.15, 0.35, 0.6  # relative half-widths
+TABLE_HERE, TABLE, ROOFLINE, MEMORY = 0.65, 0.8, 1.0, 0.2  # relative half-widths
 NBITS_SHARE = 0.45  # of the int8 GEMM rate; measured 0.34-0.48 on Zen 4 with AVX512-VNNI at 512 tokens
 ATTENTION_SHARE = 0.3  # of the fp32 GEMM rate
 REGION_US = 5.0  # a parallel region, where none was measured
@@ -138,7 +138,7 @@ def predict(work: Workload, profile: Profile, conditions: Conditions | None = No
     if work.kind == "decoder":
         figures["prefill_tok_s"] = _inverse(figures["ttft_ms"], 1e3 * conditions.prompt_tokens)
         figures["decode_tok_s"] = _inverse(figures["tpot_ms"], 1e3)
-    figures["peak_rss_mb"] = _around(_peak_bytes(work, conditions) / 1e6, TABLE, "MB")
+    figures["peak_rss_mb"] = _around(_peak_bytes(work, conditions) / 1e6, MEMORY, "MB")
     figures["load_s"] = _around(_load_s(work, profile), ROOFLINE, "s")
     return Prediction(basis, figures)
 

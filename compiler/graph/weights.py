@@ -6,6 +6,7 @@ Storage by scheme, for a matrix [n, k] with g = ceil(k / group_size) groups:
     nbits   codes uint8 [n, g, group_size * bits / 8], scales float32 [n, g], zero points uint8 [n, ceil(g * bits / 8)] if asymmetric;
             with other bits than 4 and 8 the codes lie in planes (compiler.quantizers.pack), and half scales are float16:
             nodes of constants alone make the kernel's tensors of them, and onnxruntime folds those when it loads
+    tokens  codes int8 [k, n], scales float32 [n]
     fp32    float32 [n, k] as the checkpoint has it: FusedMatMul(transB=1) reads it without a transpose, and a tied lookup shares it
     fp16    float16 [n, k]; a Cast that onnxruntime folds when it loads
 """
@@ -26,7 +27,10 @@ from compiler.graph.external_data import DataFile
 from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.quantizers import nbits
 from compiler.quantizers.pack import Packed, plane, plane_table, planes
+from compiler.quantizers.rows import gather_rows
 from compiler.scheme import Scheme, Schemes
+
+UNIT = 127  # activation codes a token's largest value stands for
 
 Progress = Callable[[str, int, int], None]
 Codes = Callable[[str], Packed | None]  # matrix -> what a calibrated quantizer made of it; None: round to nearest here
@@ -100,9 +104,12 @@ class WeightWriter:
             stored_bias = self.data.add(f"{name}.bias", np.concatenate(parts) * np.float32(scale))
         n = sum(sources.values())
         blocks = self._blocks(name, views, scale)
-        tensors = (
-            self._quantized(name, (n, k), scheme, self._packed(name, scheme, blocks, scale)) if scheme.quantized else self._float(name, (n, k), scheme, blocks)
-        )
+        if scheme.kernel == "tokens":
+            tensors = self._by_row(name, (n, k), blocks)
+        elif scheme.quantized:
+            tensors = self._quantized(name, (n, k), scheme, self._packed(name, scheme, blocks, scale))
+        else:
+            tensors = self._float(name, (n, k), scheme, blocks)
         return Matrix(name, n, k, scheme, tensors, stored_bias)
 
     def _blocks(self, name: str, views: list[TensorView], scale: float) -> Iterator[np.ndarray]:
@@ -153,6 +160,11 @@ class WeightWriter:
             stored["zero_points"] = data.add_blocks(f"{name}.zero_points", (n, -(-groups * scheme.kernel_bits // 8)), byte, waiting["zero_points"])
         return stored
 
+    def _by_row(self, name: str, shape: tuple[int, int], blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
+        """Codes int8 [k, n]; scales float32 [n], already over 127 for activations in units of their token's largest."""
+        codes, scales = gather_rows(blocks, shape)
+        return {"codes": self.data.add(f"{name}.codes", codes), "scales": self.data.add(f"{name}.scales", scales / np.float32(UNIT))}
+
     def _float(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
         dtype = np.dtype(np.float16 if scheme.bits == 16 else np.float32)
 
@@ -171,6 +183,9 @@ class WeightWriter:
         graph = self.graph
         bias = None if matrix.bias is None else graph.initializer(matrix.bias)
         scheme = matrix.scheme
+        if scheme.kernel == "tokens":
+            y = self._times_rows(node, x, matrix)
+            return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
         if scheme.quantized:
             zero_points = graph.initializer(matrix.tensors["zero_points"]) if "zero_points" in matrix.tensors else None
             inputs = [x, self._kernel_codes(matrix), self._kernel_scales(matrix), zero_points, None, bias]
@@ -180,6 +195,19 @@ class WeightWriter:
             return graph.op(node, "MatMulNBits", inputs, MICROSOFT, accuracy_level=4, **shape)
         y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, graph.initializer(matrix.tensors["weight"]))], MICROSOFT, transB=1)
         return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
+
+    def _times_rows(self, node: str, x: ir.Value, matrix: Matrix) -> ir.Value:
+        """x [..., k] -> [..., n] in 8-bit integers: each token is divided by its own largest value, so that one scale fits them all."""
+        graph, last = self.graph, self.graph.integers(-1)
+        least = graph.constant("rows_least", np.array(1e-30, np.float32))  # a token of zeros stays one
+        high = graph.op(f"{node}/high", "ReduceMax", [x, last], keepdims=1)
+        low = graph.op(f"{node}/low", "ReduceMin", [x, last], keepdims=1)
+        most = graph.op(f"{node}/most", "Max", [high, graph.op(f"{node}/depth", "Neg", [low]), least])
+        zero, step = graph.constant("rows_zero_point", np.array(128, np.uint8)), graph.constant("rows_step", np.array(1 / UNIT, np.float32))
+        codes = graph.op(f"{node}/codes", "QuantizeLinear", [graph.op(f"{node}/unit", "Div", [x, most]), step, zero])
+        one, weights = graph.constant("rows_one", np.array(1, np.float32)), [graph.initializer(matrix.tensors[key]) for key in ("codes", "scales")]
+        y = graph.op(node, "MatMulIntegerToFloat", [codes, weights[0], one, weights[1], zero], MICROSOFT)
+        return graph.op(f"{node}/scale", "Mul", [y, most])
 
     def _widened(self, matrix: Matrix, weight: ir.Value) -> ir.Value:
         if matrix.scheme.bits == 32:

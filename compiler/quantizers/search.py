@@ -4,7 +4,8 @@ For a group of weights w with importances h >= 0 (the diagonal of the input seco
 
     sum_j h[j] (w[j] - (code[j] - zero_point) scale)^2
 
-1. candidates: the round-to-nearest range shrunk by each factor of SHRINK; with zero points also the neighbours of the rounded one
+1. candidates: the round-to-nearest range shrunk by each factor of SHRINK; with zero points also the neighbours of the rounded one; without them also the range
+   that clips neither sign, extreme / (2**(bits-1) - 1), which is that of GGUF's Q8_0: weights that come from such blocks of 32 are met exactly (int8-g32-s16)
 2. the scale is refitted to each candidate's codes, scale = sum(h w u) / sum(h u^2) with u = code - zero_point, and the codes to it once more
 3. the candidate of least loss wins; plain round-to-nearest is one of them, so the loss is never above it
 
@@ -40,7 +41,8 @@ def _search(weight: np.ndarray, scheme: Scheme, importance: np.ndarray | None) -
     zeros = np.full((rows, groups), middle, np.float32) if plain.zero_points is None else plain.zero_points.astype(np.float32)
     best = [plain.scales, zeros, _loss(blocks, heavy, plain.scales, zeros, top)]
     shifts = (0.0,) if scheme.symmetric else (-1.0, 0.0, 1.0)
-    for factor in SHRINK:
+    factors = (float(middle / (middle - 1)), *SHRINK) if scheme.symmetric else SHRINK
+    for factor in factors:
         for shift in shifts:
             scales = plain.scales * np.float32(factor)
             moved = zeros if scheme.symmetric else (zeros + np.float32(shift)).clip(0, top)

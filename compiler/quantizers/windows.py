@@ -28,7 +28,7 @@ def calibration_set(path: Path | None) -> EvaluationSet:
 
 
 def token_windows(rows: EvaluationSet, checkpoint: Checkpoint, count: int = WINDOWS, length: int = WINDOW) -> np.ndarray:
-    """int64 [at most count, length]: all rows tokenized (chats in full, as the template writes them), joined by the end token, cut, and thinned evenly.
+    """int64 [at most count, at most length]: all rows tokenized (chats in full, as the template writes them), joined by the end token, cut, thinned evenly.
 
     Raises RecipeError when there is less than one window of 64 tokens, or for chats without a template.
     """
@@ -41,7 +41,7 @@ def token_windows(rows: EvaluationSet, checkpoint: Checkpoint, count: int = WIND
             raise RecipeError("quantize.calibration", expected="plain text", found="chats, and a model without a chat template", remedy="give rows of {text}")
         text = row.text if row.messages is None or render is None else render(row.messages, add_generation_prompt=False)
         ids += [*chat.tokenizer.encode(text or "", add_special_tokens=False).ids, *chat.eos_ids[:1]]
-    length = min(length, len(ids))
+    length = min(length, len(ids), int(checkpoint.config.get("max_position_embeddings") or length))
     if length < 64:
         raise RecipeError("quantize.calibration", expected="at least 64 tokens of text", found=f"{length}", remedy="give more text")
     windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)

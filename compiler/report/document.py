@@ -164,13 +164,34 @@ class RecordRow(Part):
 
 
 class LayerRow(Part):
-    """One stored matrix: shape [out, in], bytes as stored, error = rms(w_hat - w) / rms(w) or None."""
+    """One stored matrix: shape [out, in], bytes as stored, error = rms(w_hat - w) / rms(w) or None.
+
+    Where auto chose its scheme: kl, the nats it is expected to cost, and slope, nats per squared output error.
+    """
 
     name: str
     shape: tuple[int, ...] = ()
     scheme: str = ""
     bytes: int | None = None
     error: Number | None = None
+    kl: Number | None = None
+    slope: Number | None = None
+
+
+class FrontierPoint(Part):
+    """The least loss at a size, as expected before anything is built."""
+
+    size_mb: Number
+    kl_mean: Number
+    tpot_ms: Number | None = None
+    ttft_ms: Number | None = None
+
+
+class Allocation(Part):
+    """What `scheme: auto` chose: the point it expected, and the frontier that it lies on."""
+
+    expected: FrontierPoint
+    curve: tuple[FrontierPoint, ...] = ()
 
 
 class StageLoss(Part):
@@ -214,6 +235,7 @@ class Report(Part):
     files: tuple[FileRow, ...] = ()
     records: tuple[RecordRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
+    allocation: Allocation | None = None
     latency: dict[str, tuple[Number, ...] | dict[str, int] | int] = Field(default_factory=dict)
     stages: tuple[StageLoss, ...] = ()
     task: tuple[TaskRow, ...] = ()

@@ -58,6 +58,8 @@ def sections(report: Report) -> dict[str, Any]:
         "stages": stage_tables(report),
         "build": build_rows(report),
         "layers": layer_rows(report.layers),
+        "frontier": plots.frontier(*frontier_points(report)),
+        "kl_strip": plots.strip([(layer.name, layer.kl) for layer in report.layers if layer.kl is not None and math.isfinite(layer.kl)], " nats"),
         "layer_strip": plots.strip([(layer.name, layer.error) for layer in report.layers if layer.error is not None and math.isfinite(layer.error)]),
         "samples": [{"row": row, "same": same_text(row.reference, row.bundle), "right": same_text(row.expected, row.bundle)} for row in report.samples],
         "recipe": json.dumps(report.lineage.recipe, indent=2, ensure_ascii=False, default=str) if report.lineage.recipe else "",
@@ -281,6 +283,19 @@ def build_rows(report: Report) -> list[dict[str, Any]]:
         }
         for record in report.records
     ]
+
+
+def frontier_points(report: Report) -> tuple[list[tuple[float, float, str]], tuple[float, float] | None, tuple[float, float] | None]:
+    """The curve of `auto` as (MB, nats, what stands there), the point it expected, and what was measured; empty without auto."""
+    if report.allocation is None:
+        return [], None, None
+    chosen = report.allocation.expected
+    curve = [
+        (point.size_mb, point.kl_mean, "" if point.tpot_ms is None else f", {words.number(point.tpot_ms)} ms a token") for point in report.allocation.curve
+    ]
+    measured = {check.name: check.measured for check in report.verdict.checks} if report.verdict else {}
+    found = (measured["size_mb"], measured["kl_mean"]) if {"size_mb", "kl_mean"} <= set(measured) else None
+    return curve, (chosen.size_mb, chosen.kl_mean), found
 
 
 def layer_rows(layers: Sequence[LayerRow]) -> list[dict[str, Any]]:

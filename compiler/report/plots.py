@@ -240,3 +240,34 @@ def cumulative(samples: Sequence[float], limits: Sequence[Limit], name: str, uni
         y = floor - limit.p / 100 * (floor - TOP)
         parts.append(f'<circle cx="{axis.x(limit.value):.1f}" cy="{y:.1f}" r="4" class="target"/>')
     return canvas(parts + marks(ordered, limits, axis), f"{name}: share of samples within each time")
+
+
+def frontier(points: Sequence[tuple[float, float, str]], chosen: tuple[float, float] | None, measured: tuple[float, float] | None) -> Markup:
+    """KL in nats (logarithmic) over size in MB: the least that each size can have as a line, the chosen point a disc, the measured one a ring."""
+    points = [point for point in points if point[1] > 0]
+    extra = [point for point in (chosen, measured) if point is not None and point[1] > 0]
+    if len(points) < 2:
+        return Markup("")
+    places = [(x, y) for x, y, _ in points] + extra
+    sizes, logs = [x for x, _ in places], [math.log10(y) for _, y in places]
+    axis, floor = Axis(min(sizes), max(sizes)), HEIGHT - BOTTOM
+    low, high = math.floor(min(logs)), math.ceil(max(logs))
+
+    def y_of(kl: float) -> float:
+        return floor - (math.log10(kl) - low) / max(high - low, 1) * (floor - 12)
+
+    parts = frame(axis, [], "MB")
+    for power in range(low, high + 1):
+        y = y_of(10.0**power)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end" class="tick">{10.0**power:g}</text>')
+    parts.append('<path d="M' + "L".join(f"{axis.x(x):.1f},{y_of(y):.1f}" for x, y, _ in points) + '" class="curve" style="fill:none"/>')
+    for x, y, text in points:
+        name = f"{number(x)} MB, KL {number(y)}{escape(text)}"
+        parts.append(f'<circle cx="{axis.x(x):.1f}" cy="{y_of(y):.1f}" r="3" class="plain"><title>{name}</title></circle>')
+    for point, css, name in ((chosen, "target", "chosen, expected"), (measured, "mark", "measured")):
+        if point is not None and point[1] > 0:
+            place = f'cx="{axis.x(point[0]):.1f}" cy="{y_of(point[1]):.1f}"'
+            text = f"{name}: {number(point[0])} MB, KL {number(point[1])}"
+            parts.append(f'<circle {place} r="5" class="{css}" style="{"" if css == "target" else "fill:none"}"><title>{text}</title></circle>')
+    return canvas(parts, "KL over size: the frontier, the chosen point and the measured one")

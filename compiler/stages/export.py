@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
-from compiler.scheme import ENCODER_KERNELS, Scheme, Schemes, matrix_name, parse_scheme
+from compiler.scheme import ENCODER_SCHEMES, Scheme, Schemes, matrix_name, parse_scheme
 from compiler.stages.quantize import codes_in
 from compiler.store import writing
 
@@ -59,7 +59,7 @@ def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, 
         return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
     from compiler.graph.encoder import infer_task
 
-    if schemes.default.kernel == "nbits" and (schemes.default.shift or schemes.default.half_scales):
+    if schemes.default.kernel in ("nbits", "tokens") and (schemes.default.shift or schemes.default.half_scales):
         raise RecipeError(
             "quantize.scheme", expected="4 or 8 bits with float32 scales for an encoder", found=str(schemes.default), remedy="use int4-g32 or int8"
         )
@@ -78,7 +78,7 @@ def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
 
 
 def _refuse_dynamic(schemes: list[Scheme]) -> None:
-    if any(scheme.kernel in ENCODER_KERNELS for scheme in schemes):
+    if any(scheme in ENCODER_SCHEMES.values() for scheme in schemes):
         raise ArchitectureError(
             "quantize.scheme",
             expected="a weight-only scheme for a decoder (int8-g32, int4-g64, ...)",

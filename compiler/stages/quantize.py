@@ -25,6 +25,7 @@ from compiler.evaluation.data import EvaluationSet
 from compiler.quantizers import affine
 from compiler.quantizers.methods import METHODS
 from compiler.quantizers.pack import Packed, unpack
+from compiler.quantizers.rows import dequantize_rows, quantize_rows
 from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_bytes
 from compiler.store import cache_key, writing
 
@@ -47,6 +48,8 @@ def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
             block = view.rows(start, stop)
             if scheme.bits == 16:
                 return block.astype(np.float16).astype(np.float32)
+            if scheme.kernel == "tokens":
+                return dequantize_rows(*quantize_rows(block))
             return affine.dequantize(affine.quantize(block, scheme))
 
         return replace(view, dtype="F32", rows=rows)
@@ -81,6 +84,9 @@ def resolve_method(checkpoint: Checkpoint, schemes: Schemes, methods: Mapping[st
         if method not in METHODS:
             raise RecipeError(f"quantize.method ({pattern})", expected=f"one of {', '.join(METHODS)}", found=repr(method), remedy="choose one of these")
     chosen = {name: method_of(name, methods) for name in matrices(checkpoint) if schemes.of(name).quantized}
+    for name, method in chosen.items():
+        if method != "rtn" and schemes.of(name).group_size is None:
+            raise RecipeError(f"quantize.method ({name})", expected="rtn for int8-rows", found=repr(method), remedy="choose rtn, or a scheme with groups")
     if all(method == "rtn" for method in chosen.values()):
         return None
     calibrated = any(METHODS[method].calibrated for method in chosen.values())

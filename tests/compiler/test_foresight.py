@@ -43,3 +43,13 @@ def test_a_prediction_or_the_reason_why_not(tiny_llama: Path) -> None:
     unknown = foresee(checkpoint, schemes, True, here())
     (line,) = prediction_lines(unknown)
     assert "read_gb_s is not known" in line and "trimtab targets probe" in line
+
+
+def test_targets_diff_and_a_remembered_probe(trimtab, tmp_path: Path) -> None:
+    code, stdout, _ = trimtab("targets", "diff", "raspberry-pi-5", "nvidia-l4")
+    assert code == 0 and "read_gb_s" in stdout and "x 2.73" in stdout
+    code, stdout, stderr = trimtab("targets", "probe", "--seconds", 5, "--out", tmp_path / "line4.yaml")
+    assert code == 0, stderr
+    assert "fp32_gflop_s" in stdout and load_profile(tmp_path / "line4.yaml").kernels
+    remembered = load_profile("here")
+    assert remembered.kernels and remembered.is_here and not here().kernels

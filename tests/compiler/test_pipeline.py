@@ -133,3 +133,23 @@ def test_merge_quantize_and_export_write_what_they_say(trimtab, tiny_llama, tiny
 def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
     code, _, stderr = trimtab("compile", recipe({}), "--target", "moon", "--out", tmp_path / "out")
     assert code == 2 and "expected a target of the recipe (here), found moon" in stderr
+
+
+def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path, monkeypatch):
+    from compiler import auto
+
+    monkeypatch.setattr(auto, "WINDOWS", 2)
+    monkeypatch.setattr(auto, "LENGTH", 96)
+    path, out = recipe({"size_mb": 0.8}, scheme="auto"), tmp_path / "out"
+    code, stdout, _ = trimtab("plan", path)
+    assert code == 0 and "size not known yet" in stdout and "sensitivity" in stdout
+    code, stdout, stderr = trimtab("compile", path, "--out", out)
+    assert code == 0, stderr
+    document = json.loads((out / "tiny-here" / "report.json").read_text())
+    chosen = {row["name"]: row["scheme"] for row in document["allocation"]["rows"]}
+    assert len(chosen) == 9 and {row["name"]: row["scheme"] for row in document["layers"]} == chosen
+    assert all(row["kl"] > 0 for row in document["layers"])
+    sizes = {check["name"]: check["measured"] for check in document["verdict"]["checks"]}
+    assert sizes["size_mb"] <= 0.8 and "frontier" in (out / "tiny-here" / "report.html").read_text()
+    code, stdout, _ = trimtab("plan", path)
+    assert code == 0 and "lm_head" in stdout and "KL" in stdout and "cached" in stdout

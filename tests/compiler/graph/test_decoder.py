@@ -23,6 +23,7 @@ from compiler.graph.nodes import GraphBuilder, save_model
 from compiler.graph.passes import all_logits
 from compiler.graph.weights import WeightWriter
 from compiler.quantizers import affine
+from compiler.quantizers.rows import dequantize_rows, quantize_rows
 from compiler.scheme import Scheme, Schemes, parse_scheme
 
 Make = Callable[..., Checkpoint]
@@ -89,6 +90,41 @@ def test_quantized_graph_follows_the_dequantized_model(text: str, tmp_path: Path
     found, exact = logits_of(tmp_path / "q" / "model.onnx"), logits_of(tmp_path / "f" / "model.onnx")
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.02 * np.sqrt(np.mean(exact**2))
     assert lint(ir.load(tmp_path / "q" / "model.onnx")) == []
+
+
+def with_biases(arrays: dict[str, np.ndarray]) -> None:
+    for name in [name for name in arrays if name.endswith("_proj.weight")]:
+        arrays[name.replace(".weight", ".bias")] = np.linspace(-1, 1, len(arrays[name]), dtype=np.float32)
+
+
+def test_one_scale_a_token_in_integers(tmp_path: Path, make_checkpoint: Make) -> None:
+    """int8-rows equals its twin, a token does not see how large its neighbour is, zeros stay zeros, and head and embedding keep groups."""
+    checkpoint, graph = make_checkpoint(with_biases, attention_bias=True, mlp_bias=True), GraphBuilder()
+    name = "model.layers.0.mlp.down_proj"
+    weight = checkpoint.tensors[f"{name}.weight"].read()
+    x = graph.input("x", ir.DataType.FLOAT, ["n", weight.shape[1]])
+    with DataFile(tmp_path / "model.onnx.data") as data:
+        writer = WeightWriter(checkpoint, schemes("int8-rows"), data, graph)
+        graph.output(writer.linear("/down", x, writer.matrix(name, {name: weight.shape[0]}, weight.shape[1])), "y", ir.DataType.FLOAT, ["n", weight.shape[0]])
+    save_model(graph.model(), tmp_path / "model.onnx")
+    assert lint(ir.load(tmp_path / "model.onnx")) == []
+    tokens = np.random.default_rng(0).standard_normal((4, weight.shape[1])).astype(np.float32)
+    tokens[1] *= 1000
+    tokens[2] = 0
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    (y,), (alone,) = session.run(None, {"x": tokens}), session.run(None, {"x": tokens[:1]})
+    exact = tokens @ dequantize_rows(*quantize_rows(weight)).T
+    assert (np.abs(y - exact).max(axis=1) <= 0.02 * np.abs(exact).max(axis=1)).all()
+    assert np.array_equal(y[0], alone[0])
+    assert not y[2].any()
+    done = export_decoder(checkpoint, schemes("int8-rows"), tmp_path)
+    assert {row.scheme for row in done.matrices} == {"int8-rows", "int8-g64"}
+    assert [row.name for row in done.matrices if row.scheme == "int8-g64"] == ["lm_head"]
+    fp32 = tmp_path / "fp32"
+    fp32.mkdir()
+    export_decoder(checkpoint, schemes("fp32"), fp32)
+    found, wanted = logits_of(tmp_path / "model.onnx"), logits_of(fp32 / "model.onnx")
+    assert np.sqrt(np.mean((found - wanted) ** 2)) < 0.05 * np.sqrt(np.mean(wanted**2))
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "int8-g64-asym", "int5-g32-asym-s16", "fp32", "fp16"])

@@ -143,3 +143,16 @@ def test_packing_is_undone(bits, rest):
 def test_planes_of_seven_bits():
     assert planes(7) == [(4, 3), (2, 1), (1, 0)] and planes(5) == [(4, 1), (1, 0)] and planes(3) == [(2, 1), (1, 0)]
     assert plane_table(parse_scheme("int8-g32"), 1, 3)[0b101].tolist() == [8, 0, 8, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("kind", "text", "method"), [("Q4_0", "int4-g32-s16", "rtn"), ("Q8_0", "int8-g32-s16", "search")])
+def test_blocks_of_a_gguf_are_kept_bit_for_bit(kind, text, method):
+    """What llama.cpp rounded lies on a lattice that the kernel has too: rounding it again changes nothing."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    weight = np.random.default_rng(6).standard_normal((8, 256)).astype(np.float32)
+    stored = dequantize(quantize(weight, GGMLQuantizationType[kind]), GGMLQuantizationType[kind])
+    scheme = parse_scheme(text)
+    again = affine.dequantize(unpack(METHODS[method].quantize(stored, scheme, None), scheme, 256))
+    assert np.array_equal(again, stored)

@@ -1,0 +1,268 @@
+"""`quantize: {scheme: auto}`: a row of choices for each matrix, chosen for one target's limits.
+
+1. The loss of every matrix under every choice is estimated once per merged model (`quantizers.sensitivity`), and cached by contents and parameters.
+2. What a choice costs comes from its bytes and from the target's kernel table (`compiler.workload`, `targets.predict`). What no choice changes (tokenizer,
+   norms, attention) is taken off the limit first. Percentile limits are aimed at with HEADROOM: the estimate is of the usual request.
+3. Without a limit on kl_mean: least loss within the limits on size_mb, tpot, ttft and peak_rss_mb. With one: least size that keeps it and the others.
+   Without any of these: least loss in no more bytes than DEFAULT everywhere.
+4. The bundle is then built, evaluated and measured as any other. Where a check of a limited quantity disagrees, its limit inside is moved by the ratio of what
+   was measured to what was expected, and the choice is made again, ROUNDS times at most. What is published has passed its own checks.
+
+Names under `quantize.layers` are not chosen for: they stay as written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from compiler.checkpoints.view import Checkpoint
+from compiler.errors import RecipeError
+from compiler.limits import PERCENTILE
+from compiler.plan import Step
+from compiler.quantizers.allocate import Allocation, allocate
+from compiler.quantizers.sensitivity import Report, Sensitivity, sensitivity
+from compiler.record import versions
+from compiler.scheme import Scheme, Schemes, parse_scheme
+from compiler.store import Store
+from compiler.workload import MatrixUse, matrices, workload
+from targets.errors import TargetError
+from targets.kernels import Point
+from targets.predict import Clock, Conditions, predict
+from targets.profile import Profile
+from targets.table import KernelTable
+
+FOUR_BITS = ("int3-g32-asym-s16", "int4-g128-asym-s16", "int4-g64-asym-s16", "int4-g32-asym-s16")  # run on the 4-bit kernel
+EIGHT_BITS = ("int5-g64-asym-s16", "int5-g32-asym-s16", "int6-g64-s16", "int6-g32-s16", "int8-g128-s16", "int8-g64-s16", "int8-g32-s16")
+CHOICES = tuple(parse_scheme(text) for text in (*FOUR_BITS, *EIGHT_BITS))
+PROBED = parse_scheme("int4-g64-asym-s16")
+DEFAULT = parse_scheme("int4-g32-asym-s16")
+WINDOWS, LENGTH = 4, 256  # calibration: windows of tokens
+SENSITIVITY_VERSION = 1
+ROUNDS = 3
+HEADROOM = 1.1  # of a percentile over the usual request
+GRAPH_MB = 0.45  # model.onnx, configs and self-test beside weights and tokenizer
+CURVE = 12  # points of the size / KL curve in the report
+
+
+class HasDocument(Protocol):
+    """What a build gives back: the report document with its verdict."""
+
+    @property
+    def document(self) -> Mapping[str, Any]: ...
+
+
+Built = TypeVar("Built", bound=HasDocument)
+
+
+def sensitivity_step(identity: Mapping[str, Any], calibration: str, seed: int) -> Step:
+    """Rule 1 as a step: its key is made of the merged weights, the calibration text and what is done with it."""
+    params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "windows": WINDOWS, "tokens": LENGTH, "calibration": calibration}
+    tools = versions(["numpy", "torch", "transformers"])
+    return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": tools})
+
+
+def stored_sensitivity(step: Step, store: Store) -> Sensitivity | None:
+    """What an earlier run measured; None when there is none."""
+    place = store.get(step.key)
+    return Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text())) if place else None
+
+
+def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store, report: Report, seed: int) -> Sensitivity:
+    """Rule 1: from the store, or measured now on calibration rows."""
+    found = stored_sensitivity(step, store)
+    if found is None:
+        from compiler.quantizers.windows import token_windows
+
+        found = sensitivity(merged, token_windows(rows, merged, WINDOWS, LENGTH), CHOICES, PROBED, report, seed)
+        with store.make(step.key) as work:
+            (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
+    return found
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What came of a choice. expected: the limited quantities, kl_mean and size_mb, as estimated; curve: the size / KL / TPOT frontier, for the report."""
+
+    schemes: Schemes
+    expected: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]]
+    curve: Sequence[Mapping[str, Any]] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"expected": dict(self.expected), "rows": [dict(row) for row in self.rows], "curve": [dict(point) for point in self.curve]}
+
+    def for_report(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The report's sections: what was chosen, and the stored matrices with their part of the loss."""
+        known = {row["name"]: row for row in self.rows}
+        extra = [{"kl": known[row["name"]]["kl"], "slope": known[row["name"]]["slope"]} if row["name"] in known else {} for row in layers]
+        return {"allocation": self.as_dict(), "layers": [{**row, **more} for row, more in zip(layers, extra, strict=True)]}
+
+    def counts(self) -> str:
+        """`90 x int4-g64, 31 x int8-g32`"""
+        return ", ".join(f"{count} x {scheme}" for scheme, count in Counter(row["scheme"] for row in self.rows).most_common())
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Rules 2 and 3 for one model on one target. moved: limit -> factor on what is allowed inside (rule 4)."""
+
+    merged: Checkpoint
+    found: Sensitivity
+    profile: Profile
+    limits: Mapping[str, float]
+    fixed: Mapping[str, Scheme] = field(default_factory=dict)
+    moved: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def uses(self) -> list[MatrixUse]:
+        return matrices(self.merged, Schemes(DEFAULT, self.fixed))
+
+    @cached_property
+    def items(self) -> list[MatrixUse]:
+        """The matrices that are chosen for."""
+        known = {row.matrix for row in self.found.rows}
+        return [use for use in self.uses if use.name in known and not any(fnmatchcase(use.name, pattern) for pattern in self.fixed)]
+
+    @cached_property
+    def costs(self) -> dict[str, np.ndarray]:
+        """Quantity -> [items, choices], and what no choice changes under (quantity, None)."""
+        kinds = {"size_mb": self._bytes, "peak_rss_mb": self._resident}
+        if self.timed:
+            kinds |= {"tpot": lambda use: self._times(use)[0], "ttft": lambda use: self._times(use)[1]}
+        return {name: np.array([[cost(replace(use, scheme=choice)) for choice in CHOICES] for use in self.items]) for name, cost in kinds.items()}
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether the profile can tell the time of these kernels."""
+        return any(row.op == "MatMulNBits" for row in self.profile.kernels)
+
+    @cached_property
+    def base(self) -> dict[str, float]:
+        """What no choice changes: the figure of the whole model under DEFAULT less what the items then cost."""
+        at = CHOICES.index(DEFAULT)
+        figures = predict(workload(self.merged.config, self.uses, True), self.profile).figures if self.timed else {}
+        whole = {"tpot": figures["tpot_ms"].value, "ttft": figures["ttft_ms"].value, "peak_rss_mb": figures["peak_rss_mb"].value} if figures else {}
+        rest = {name: value - float(self.costs[name][:, at].sum()) for name, value in whole.items()}
+        vectors = sum(4 * view.size for view in self.merged.tensors.values() if len(view.shape) != 2)
+        fixed = sum(use.bytes for use in self.uses if use not in self.items)
+        assets = sum(len(content) for content in self.merged.assets.values())
+        rest["size_mb"] = (vectors + fixed + assets) / 1e6 + GRAPH_MB
+        if "peak_rss_mb" not in rest:
+            from targets.predict import RUNTIME_BYTES
+
+            rest["peak_rss_mb"] = RUNTIME_BYTES / 1e6 + rest["size_mb"]
+        return rest
+
+    def _bytes(self, use: MatrixUse) -> float:
+        return use.bytes / 1e6
+
+    def _resident(self, use: MatrixUse) -> float:
+        """A tied table is held twice: packed for the head, as stored for the lookup."""
+        twice = use.name == "lm_head" and bool(self.merged.config.get("tie_word_embeddings"))
+        return (use.resident_bytes + (use.bytes if twice else 0)) / 1e6
+
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock(self.profile, KernelTable(self.profile.kernels))
+
+    def _times(self, use: MatrixUse) -> tuple[float, float]:
+        """(ms a token, ms a prompt) of one matrix under the usual conditions."""
+        case, tokens = use.case(), Conditions().prompt_tokens
+        token = self.clock.us(case, Point(1)) / 1e3
+        return token, token if use.name == "lm_head" else self.clock.us(case, Point(tokens)) / 1e3
+
+    def inside(self) -> dict[str, float]:
+        """Rule 2: limits on the sum over items. Raises TargetError for a latency limit on a profile without a kernel table."""
+        found: dict[str, float] = {}
+        for name, limit in self.limits.items():
+            match = PERCENTILE.fullmatch(name)
+            series = match["series"] if match else name
+            if match and match["series"] != "encode" and not self.timed:
+                raise TargetError(
+                    f"profile {self.profile.id}: kernels",
+                    expected=f"a kernel table, to choose by {name}",
+                    found="none",
+                    remedy="run `trimtab targets probe` on the target once (`here` then knows it), or limit size_mb or kl_mean",
+                )
+            if series in self.costs:
+                aimed = limit * self.moved.get(name, 1.0) / (HEADROOM if match else 1.0)
+                found[series] = min(found.get(series, np.inf), aimed - self.base[series])
+        return found
+
+    def choose(self, curve: bool = False) -> Chosen:
+        """Rule 3. Raises RecipeError when even the smallest choices exceed a limit, TargetError as `inside` does."""
+        loss = self.found.table([use.name for use in self.items], CHOICES)
+        limits = self.inside()
+        if "kl_mean" in self.limits:
+            kl = self.limits["kl_mean"] * self.moved.get("kl_mean", 1.0)
+            problem = Allocation(self.costs["size_mb"], {**self.costs, "kl_mean": loss}, {**limits, "kl_mean": kl})
+        else:
+            if not limits:
+                limits = {"size_mb": float(self.costs["size_mb"][:, CHOICES.index(DEFAULT)].sum())}
+            problem = Allocation(loss, self.costs, limits)
+        picked = allocate(problem)
+        return self._chosen(picked, loss, self._curve(loss) if curve else ())
+
+    def _chosen(self, picked: np.ndarray, loss: np.ndarray, curve: Sequence[Mapping[str, Any]]) -> Chosen:
+        names = [CHOICES[column] for column in picked]
+        default = Counter(names).most_common(1)[0][0] if names else DEFAULT
+        overrides = {use.name: scheme for use, scheme in zip(self.items, names, strict=True) if scheme != default}
+        error = {(row.matrix, row.scheme): row.error for row in self.found.rows}
+        rows = [
+            {"name": use.name, "scheme": str(scheme), "kl": float(loss[at, picked[at]]), "output_error": error[use.name, str(scheme)]}
+            | {"slope": self.found.slope[use.name], "bytes": replace(use, scheme=scheme).bytes}
+            for at, (use, scheme) in enumerate(zip(self.items, names, strict=True))
+        ]
+        return Chosen(Schemes(default, {**overrides, **self.fixed}), self._expected(picked, loss), rows, curve)
+
+    def _expected(self, picked: np.ndarray, loss: np.ndarray) -> dict[str, float]:
+        at = np.arange(len(picked))
+        sums = {name: float(cost[at, picked].sum()) + self.base[name] for name, cost in self.costs.items()}
+        return {"kl_mean": float(loss[at, picked].sum())} | {f"{name}_ms" if name in ("tpot", "ttft") else name: value for name, value in sums.items()}
+
+    def _curve(self, loss: np.ndarray) -> list[dict[str, Any]]:
+        """The frontier: least loss at sizes from the smallest choices to the largest."""
+        size = self.costs["size_mb"]
+        low, high = float(size.min(axis=1).sum()), float(size.max(axis=1).sum())
+        budgets = np.linspace(low * 1.0001, high, CURVE)
+        return [self._expected(allocate(Allocation(loss, {"size_mb": size}, {"size_mb": float(budget)})), loss) for budget in budgets]
+
+
+def settle(chooser: Chooser, build: Callable[[Chosen], Built]) -> Built:
+    """Rule 4: choose, build, look at the verdict, and choose again while a limit that can be steered was missed."""
+    outcome = build(chooser.choose(curve=True))
+    for _ in range(ROUNDS - 1):
+        moved = moved_limits(outcome.document["verdict"]["checks"], chooser.moved)
+        if moved is None:
+            break
+        chooser = replace(chooser, moved=moved)
+        try:
+            chosen = chooser.choose(curve=True)
+        except RecipeError:  # nothing smaller or faster is left: the verdict that was reached stands
+            break
+        outcome = build(chosen)
+    return outcome
+
+
+def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float]) -> dict[str, float] | None:
+    """Rule 4: new factors after a verdict, or None when no limited quantity that can be steered was missed.
+
+    {"name": "size_mb", "measured": 101, "limit": 100, "outcome": "FAIL"} -> {"size_mb": 0.99 * 0.998}
+    """
+    found = dict(moved)
+    for check in checks:
+        name, limit = check["name"], check["limit"]
+        steerable = name in ("size_mb", "kl_mean", "peak_rss_mb") or name.startswith(("tpot_", "ttft_"))
+        worst = check["high"] if check.get("high") is not None and np.isfinite(check["high"]) else check["measured"]
+        missed = check["outcome"] == "FAIL" or (name == "kl_mean" and check["outcome"] == "INCONCLUSIVE")
+        if steerable and missed and limit and np.isfinite(worst) and worst > limit:
+            found[name] = found.get(name, 1.0) * limit / worst * 0.998
+    return found if found != dict(moved) else None
