@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, PercentileTest, design_effect, look_confidence, min_samples, percentile_test
 from targets.errors import TrimtabError
 from targets.spin import Spin
@@ -107,9 +109,10 @@ class _Question:
             self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
 
     def _test(self, values: Sequence[float], look: int) -> PercentileTest:
-        return percentile_test(
-            values, self.limit.limit, self.limit.percentile, look_confidence(look, self._confidence), design_effect(values, self.limit.percentile)
-        )
+        limit, percentile = self.limit.limit, self.limit.percentile
+        # Latencies under half of the limit are alike here, and those over twice of it: how they vary says nothing about crossing it.
+        effect = design_effect(np.clip(np.asarray(values, np.float64), limit / 2, limit * 2), percentile)
+        return percentile_test(values, limit, percentile, look_confidence(look, self._confidence), effect)
 
 
 def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> Samples:

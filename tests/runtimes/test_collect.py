@@ -126,6 +126,12 @@ def test_limits_ten_percent_off_are_told_right(phi: float) -> None:
         assert found.count(outcome) >= 19 and set(found) <= {outcome, INCONCLUSIVE}
 
 
+def test_slow_waves_far_below_the_limit_do_not_stop_a_pass() -> None:
+    """A machine that is twice as slow for fifty requests in a hundred, and its limit four times as high as the slow half."""
+    waves = iter([10.0 if number % 100 < 50 else 20.0 for number in range(4000)])
+    assert run(waves, [Limit("ttft_ms", 95, 80.0)], budget()).tests[0][1].outcome == PASS
+
+
 def test_false_passes_of_dependent_requests_stay_at_the_stated_rate() -> None:
     """Each request like the one before it (0.9): 150 machines exactly at their median, where samples taken for independent would pass every twentieth."""
     found = [run(chain(seed, 0.9), [Limit("ttft_ms", 50, 10.0)], budget(most=400)).tests[0][1].outcome for seed in range(150)]
