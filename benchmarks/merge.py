@@ -1,7 +1,8 @@
 """Merge and save: trimtab beside PEFT on SmolLM2-135M, and trimtab's memory on synthetic llamas of 0.3 and 1.1 billion parameters.
 
-    python benchmarks/merge.py [--repeats 3] [--out benchmarks/results/merge.json]
+    python benchmarks/merge.py [--repeats 3] [--only peft|sizes] [--out benchmarks/results/merge.json]
 
+--only runs a piece: `peft` the two systems on SmolLM2, `sizes` the synthetic models; rows of the other piece stay in the file as they were measured.
 A LoRA of rank 16 on all linears with random factors (cost does not depend on values), float32 for SmolLM2, bf16 for the
 synthetic models. Processes are taken in turn; seconds are wall clock, memory is the peak resident size.
 """
@@ -92,19 +93,31 @@ def adapter(folder: Path, base: Checkpoint) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": "base"}))
 
 
-def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
-    """All rows."""
-    write_checkpoint(open_checkpoint(BASE), work / "smollm2", dtype="F32")
-    for name, sizes in SYNTHETIC.items():
-        synthetic(work / name, sizes)
-    commands = {"PEFT merge and save": [sys.executable, "-c", PEFT, str(work / "smollm2"), str(work / "smollm2-lora"), str(work / "out")]}
-    for name in ("smollm2", *SYNTHETIC):
+def commands(work: Path, only: str | None) -> dict[str, list[str]]:
+    """system -> command, its models and adapters written."""
+    models: list[str] = []
+    made = {}
+    if only != "sizes":
+        write_checkpoint(open_checkpoint(BASE), work / "smollm2", dtype="F32")
+        models.append("smollm2")
+        made["PEFT merge and save"] = [sys.executable, "-c", PEFT, str(work / "smollm2"), str(work / "smollm2-lora"), str(work / "out")]
+    if only != "peft":
+        for name, sizes in SYNTHETIC.items():
+            synthetic(work / name, sizes)
+            models.append(name)
+    for name in models:
         adapter(work / f"{name}-lora", open_checkpoint(str(work / name)))
         merge = [sys.executable, "-m", "compiler", "merge", str(work / name), "--delta", str(work / f"{name}-lora"), "--out", str(work / "out")]
-        commands[f"trimtab merge {name}"] = merge
+        made[f"trimtab merge {name}"] = merge
+    return made
+
+
+def measure(work: Path, repeats: int, only: str | None) -> list[dict[str, Any]]:
+    """Rows of the piece."""
     costs: dict[str, list[tuple[float, float]]] = {}
+    made = commands(work, only)
     for _ in range(repeats):
-        for name, command in commands.items():
+        for name, command in made.items():
             shutil.rmtree(work / "out", ignore_errors=True)
             costs.setdefault(name, []).append(timed(command))
     rows = []
@@ -117,13 +130,17 @@ def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("peft", "sizes"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merge.json"))
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="merge-"))
     try:
-        rows = measure(work, arguments.repeats)
+        rows = measure(work, arguments.repeats, arguments.only)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    if arguments.only and arguments.out.is_file():
+        measured = {row["system"] for row in rows}
+        rows = [row for row in json.loads(arguments.out.read_text()) if row["system"] not in measured] + rows
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:

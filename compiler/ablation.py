@@ -5,12 +5,14 @@
     alone       loss(base) - loss(base and this group): what it brings by itself
 
 Both are positive where the group helps; they differ where groups do the same work twice, or need each other. The loss is that of the merged fp32
-model in eager transformers, loaded once: between two evaluations only the tensors of one group change. Intervals are 95 % paired bootstraps over
+model in eager transformers, loaded once: between two evaluations only the tensors of one group change, and a pass begins at the first layer that
+they are in (compiler.resume). Intervals are 95 % paired bootstraps over
 sequences (`cluster_interval`). A classification head that the base lacks is part of every model compared, for a base without one has no loss.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +24,14 @@ import numpy as np
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.deltas.names import EMBEDDINGS, HEADS
 from compiler.deltas.select import module_of
+from compiler.deltas.vocabulary import with_added
 from compiler.errors import DeltaError, RecipeError
 from compiler.evaluation import decoder, encoder
 from compiler.evaluation.data import EvaluationSet
 from compiler.evaluation.run import ChatFormat
 from compiler.progress import Progress
 from compiler.reference import match_tensors, reference_model
+from compiler.resume import Resumable
 from compiler.sources import Sources
 
 BY = ("layer", "kind", "layer-kind")
@@ -102,13 +106,15 @@ def ablate(sources: Sources, data: EvaluationSet, by: str, task: str, seed: int,
     with progress.stage("load", sources.merged.origin):
         model = reference_model(sources.merged, task)
         groups = _groups(sources, model, by)
-        evaluator = _decoder(sources.merged, model, data) if task == "text-generation" else _classifier(sources.merged, model, data)
+        runner = Resumable(model, [_parameters(swaps) for swaps in groups.values()])
+        evaluator = _decoder(sources.merged, model, runner, data) if task == "text-generation" else _classifier(sources.merged, runner, data)
     total = 2 * len(groups) + 2
     with progress.stage("ablate", f"{len(groups)} groups by {by}, {len(data.rows)} rows"):
         steps = iter(range(1, total + 1))
 
-        def measure(item: str) -> Losses:
-            found = evaluator()
+        def measure(item: str, changed: Sequence[Swap] | None = None) -> Losses:
+            with runner.recording() if changed is None else runner.resuming(_parameters(changed)):
+                found = evaluator()
             progress.update(item, next(steps), total)
             return found
 
@@ -127,6 +133,7 @@ def _groups(sources: Sources, model: Any, by: str) -> dict[str, list[Swap]]:
     before = {plan.merged_name(name): view for name, view in plan.base.tensors.items()}
     if plan.head:
         before[plan.head[0]] = plan.base.tensors[plan.head[1]]
+    before = {name: with_added(view, sources.merged.tensors[name]) for name, view in before.items()}
     touched = {plan.merged_name(name) for name in plan.bound}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, list[Swap]] = {}
@@ -143,32 +150,50 @@ def _put(swaps: Sequence[Swap], merged: bool) -> None:
         one.put(one.merged if merged else one.base)
 
 
-def _each(groups: Mapping[str, list[Swap]], merged: bool, measure: Callable[[str], Losses]) -> Iterator[tuple[str, Losses]]:
+def _parameters(swaps: Sequence[Swap]) -> list[Any]:
+    return [one.parameter for one in swaps]
+
+
+def _each(groups: Mapping[str, list[Swap]], merged: bool, measure: Callable[[str, Sequence[Swap]], Losses]) -> Iterator[tuple[str, Losses]]:
     """Each group in turn set to merged (or base), measured, and set back."""
     for name, swaps in groups.items():
         _put(swaps, merged)
-        yield name, measure(f"{'only' if merged else 'without'} {name}")
+        yield name, measure(f"{'only' if merged else 'without'} {name}", swaps)
         _put(swaps, not merged)
 
 
-def _decoder(merged: Checkpoint, model: Any, data: EvaluationSet) -> Evaluator:
+def _decoder(merged: Checkpoint, model: Any, runner: Resumable, data: EvaluationSet) -> Evaluator:
     chat = ChatFormat(merged)
     sequences = decoder.scored_sequences(data.rows, chat.tokenizer, chat.render, chat.eos_text)
-    forward, answered = decoder.merged_logits(model), all(row.messages for row in data.rows)
+    answered = all(row.messages for row in data.rows)
+    cut = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def evaluate() -> Losses:
         values: list[np.ndarray] = [np.empty(0)] * len(sequences)
         right = [False] * len(sequences)
         for numbers in decoder.batches([len(one.ids) for one in sequences]):
-            for number, logits in zip(numbers, forward([sequences[number].ids for number in numbers]), strict=True):
-                one = sequences[number]
-                rows, wanted = logits[one.first - 1 : -1], one.ids[one.first :]
+            for number, rows in zip(numbers, _scored_logits(runner, [sequences[number] for number in numbers], cut), strict=True):
+                wanted = sequences[number].ids[sequences[number].first :]
                 values[number] = _nll(rows, wanted)
                 right[number] = bool((rows.argmax(-1) == wanted).all())
         groups = np.concatenate([np.full(len(one), number) for number, one in enumerate(values)])
         return Losses(np.concatenate(values), groups, tuple(right) if answered else None)
 
     return evaluate
+
+
+def _scored_logits(runner: Resumable, sequences: Sequence[decoder.Scored], cut: bool) -> Iterator[np.ndarray]:
+    """Logits [scored tokens, vocabulary] of each sequence, right-padded to one batch. cut: the model can leave out positions that no sequence scores."""
+    import torch
+
+    ids = torch.zeros((len(sequences), max(len(one.ids) for one in sequences)), dtype=torch.long)
+    for row, one in enumerate(sequences):
+        ids[row, : len(one.ids)] = torch.from_numpy(one.ids)
+    begin = min(one.first - 1 for one in sequences) if cut else 0
+    with torch.inference_mode():
+        logits = runner(input_ids=ids, use_cache=False, **({"logits_to_keep": ids.shape[1] - begin} if cut else {})).logits.float().numpy()
+    for row, one in enumerate(sequences):
+        yield logits[row, one.first - 1 - begin : len(one.ids) - 1 - begin]
 
 
 def _classifier(merged: Checkpoint, model: Any, data: EvaluationSet) -> Evaluator:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compiler.deltas.attach import products
+from compiler.deltas.base import wrong_delta
 from compiler.errors import RecipeError
 from compiler.graph.adapters import Tenant
 from compiler.sources import Sources
@@ -33,6 +34,9 @@ def tenants(sources: Sources) -> tuple[Tenant, ...]:
     made = []
     for name, one in sources.attached.items():
         (delta,) = one.merge.deltas
+        if one.merge.growth and (one.merge.growth.rows or one.merge.growth.tokenizer):
+            expected = "a delta without added tokens: attached ones share the base's tables and tokenizer"
+            raise wrong_delta(delta.origin, expected, "; ".join(one.merge.growth.notes), "merge it: leave deltas.mode out, in a recipe of its own")
         made.append(Tenant(name, products(one.merge.base, delta, one.merge.bound), delta.digest))
     return tuple(made)
 

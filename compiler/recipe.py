@@ -74,7 +74,7 @@ class Deltas(Part):
     def consistent(self) -> Deltas:
         if self.mode == "attached" and not self.items:
             raise RecipeError("deltas.mode", expected="items to attach", found="none", remedy="add items, or remove mode")
-        names = [item.called.casefold() for item in self.items]  # names of files, where they are attached
+        names = [name.casefold() for name in self.names]  # names of files, where they are attached
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise RecipeError("deltas", expected="a name of its own for each delta", found=f"{twice!r} twice", remedy="give one of them another `name`")
@@ -82,6 +82,20 @@ class Deltas(Part):
             raise RecipeError("deltas", expected="items for only and scale to act on", found="none", remedy="add items, or remove only and scale")
         _ = self.select
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each is called. Of merged ones, a folder's name that is taken is numbered: support, support-2; attached ones are asked for by name."""
+        taken = {item.name.casefold() for item in self.items if item.name}
+        found = []
+        for item in self.items:
+            name, number = item.called, 1
+            while not item.name and self.mode == "merged" and name.casefold() in taken:
+                number += 1
+                name = f"{item.called}-{number}"
+            taken.add(name.casefold())
+            found.append(name)
+        return tuple(found)
 
     @property
     def select(self) -> Selection:

@@ -68,7 +68,8 @@ class Mixture:
 def mixture_of(recipe: Recipe) -> Mixture:
     """What a recipe asks to merge."""
     deltas = recipe.deltas
-    items = tuple(DeltaSource(item.path, item.weight, item.called, item.select, item.accept_base) for item in deltas.items)
+    named = zip(deltas.items, deltas.names, strict=True)
+    items = tuple(DeltaSource(item.path, item.weight, name, item.select, item.accept_base) for item, name in named)
     return Mixture(recipe.base, items, recipe.combine.checked, deltas.select, recipe.folder, deltas.mode == "attached")
 
 
@@ -88,8 +89,9 @@ class Sources:
         """What determines the merged weights: contents and parameters, no names or paths."""
         record = self.merge.record()
         deltas = [{key: row[key] for key in IDENTITY} for row in record["deltas"]]
+        tokenizer = {"tokenizer": record["tokenizer"]} if record["tokenizer"] else {}
         alone = {"attached": {name: one.identity["deltas"] for name, one in self.attached.items()}} if self.attached else {}
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], **alone}
+        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], **tokenizer, **alone}
 
     @cached_property
     def lineage(self) -> dict[str, Any]:

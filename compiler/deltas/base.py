@@ -8,7 +8,7 @@ made of it, so the order of several deltas does not matter and a weighted sum of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +39,7 @@ class Edit:
     target      the parameter as the delta spells it: the trained model's own name
     shape       the shape it was trained on: [out, in] for a linear weight; ANY where its file does not tell
     prepare     called once when the edit is bound, for a kind that reads or checks more of the base than the rows it is shown
+    brings      rows, rising, whose whole values it holds, so that it can bring them to a base that lacks them (compiler.deltas.vocabulary)
     reads_base  the change depends on the base's rows, not only on how many there are
     factors     the same change as a product of two thin matrices, for a kind that is one
     transposes  the base may hold it as [in, out] too (GPT-2's Conv1D)
@@ -56,6 +57,7 @@ class Edit:
     replaces: bool = False
     may_add: bool = False
     optional: bool = False
+    brings: Sequence[int] = field(default=(), repr=False)
     reads_base: bool = False
     prepare: Prepare | None = field(default=None, repr=False)
     factors: Factors | None = field(default=None, repr=False)
@@ -85,6 +87,7 @@ class Delta:
     name          what the user calls it, "" when nobody named it
     accept_base   digest of the base that the user accepts in place of the delta's own, None for no other
     select        the modules it changes, and by what factor (compiler.deltas.select)
+    assets        tokenizer files beside it
     digest        sha256 over the delta's files
     """
 
@@ -102,6 +105,7 @@ class Delta:
     name: str = ""
     accept_base: str | None = None
     select: Selection = EVERYTHING
+    assets: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:

@@ -83,12 +83,12 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
             continue
         shape = _tensor(base, names, name).shape
         transposed = replace(edit, flipped=edit.flipped or (input_first and name not in HEADS)).layout(shape)
-        if transposed is None and edit.replaces and name.endswith((*EMBEDDINGS, *HEADS)) and edit.shape[1:] == shape[1:] and edit.shape[0] > shape[0]:
+        if transposed is None and name.endswith((*EMBEDDINGS, *HEADS)) and edit.shape[1:] == shape[1:] and edit.shape[0] > shape[0]:
             raise wrong_delta(
                 f"{delta.origin}: {edit.target}",
-                f"the {shape[0]} rows of {base.origin}",
-                f"{edit.shape[0]} rows: the adapter was trained with {edit.shape[0] - shape[0]} added tokens, which are not built",
-                "resize the base's embeddings and tokenizer as in training, save it, and compile with that base",
+                f"the {shape[0]} rows of {base.origin}, or the values of the added ones",
+                f"a difference of {edit.shape[0]} rows: what it is added to in the others is in neither base nor delta",
+                "save the embeddings with the adapter (save_embedding_layers=True), or compile with the resized base of the training",
             )
         if transposed is None:
             raise wrong_delta(

@@ -53,7 +53,7 @@ def checkpoint_delta(other: Checkpoint, origin: str, weight: float) -> Delta:
     check_finite(origin, floats.values())
     tied = bool(other.config.get("tie_word_embeddings", not any(name in floats for name in HEADS)))
     edits = [
-        Edit(name, view.shape, _against(view), reads_base=True, may_add=bool(HEAD_PARTS.fullmatch(name)))
+        Edit(name, view.shape, _against(view), reads_base=True, may_add=bool(HEAD_PARTS.fullmatch(name)), brings=range(view.row_count))
         for name, view in floats.items()
         if not (tied and name in HEADS)
     ]
@@ -68,6 +68,7 @@ def checkpoint_delta(other: Checkpoint, origin: str, weight: float) -> Delta:
         task=next((task for name in other.config.get("architectures") or () for suffix, task in TASKS.items() if str(name).endswith(suffix)), ""),
         every_layer=True,
         tied=tied,
+        assets=other.assets,
     )
 
 
@@ -77,7 +78,7 @@ def _tied_head(other: Checkpoint) -> Edit | None:
     if embedding is None or not any(re.search("CausalLM|LMHead", str(name)) for name in other.config.get("architectures") or ()):
         return None
     view = other.tensors[embedding]
-    return Edit(HEADS[0], view.shape, _against(view), optional=True, reads_base=True)
+    return Edit(HEADS[0], view.shape, _against(view), optional=True, reads_base=True, brings=range(view.row_count))
 
 
 def _stored(view: TensorView) -> Change:

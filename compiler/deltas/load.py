@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoints.files import read_json
-from compiler.checkpoints.resolve import locate, open_checkpoint
+from compiler.checkpoints.files import FolderAssets, read_json
+from compiler.checkpoints.resolve import TOKENIZER_FILES, locate, open_checkpoint
 from compiler.checkpoints.safetensors import file_tensors, read_header
 from compiler.checkpoints.view import TensorView
 from compiler.deltas.adalora import load_adalora
@@ -97,7 +97,8 @@ def _adapter(folder: Path, source: str, weight: float) -> Delta:
     adapter = Adapter(folder, source, weight, config, file_tensors(weights))
     check_finite(source, adapter.tensors.values())
     base_digest = read_header(weights)[1].get("base_digest")  # as `trimtab delta diff` writes it; PEFT knows a base by name only
-    return replace(KINDS[kind](adapter), labels=_labels(folder), base_digest=str(base_digest) if base_digest else None)
+    assets = FolderAssets(folder, tuple(name for name in TOKENIZER_FILES if (folder / name).is_file()))
+    return replace(KINDS[kind](adapter), labels=_labels(folder), base_digest=str(base_digest) if base_digest else None, assets=assets)
 
 
 def _own(path: Path, source: str, weight: float) -> Delta:

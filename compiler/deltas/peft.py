@@ -187,4 +187,8 @@ def _replacement(adapter: Adapter, name: str, view: TensorView, modules: frozens
     if not (saved or bias or embedding):
         expected = f"{str(adapter.config.get('peft_type')).lower()} factors, or a module that modules_to_save names"
         raise wrong_delta(adapter.place(name), expected, "a tensor of neither", "save the adapter again with save_pretrained")
-    return Edit(target, view.shape, lambda first, base, transposed: view.rows(first, first + len(base)), replaces=True, may_add=saved)
+
+    def change(first: int, base: np.ndarray, transposed: bool) -> np.ndarray:
+        return view.rows(first, first + len(base))
+
+    return Edit(target, view.shape, change, replaces=True, may_add=saved, brings=range(view.row_count))

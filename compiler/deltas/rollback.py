@@ -15,6 +15,7 @@ itself, found again by name, is checked tensor by tensor against the digests.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
@@ -147,6 +148,7 @@ def write_record(folder: Path, base: Checkpoint, merged: Checkpoint, names: Mapp
         _wrap(payload, folder / RESIDUALS, rows)
     digest = sha256_file(folder / RESIDUALS) if mode == "residual" else None
     record = {**FORMAT, "mode": mode, "base": {"name": base.origin, "digest": base.digest}, "merge": dict(lineage), "config": dict(base.config)}
+    record |= _files(base.assets, merged.assets)
     record |= {"residuals": digest, "residual_bytes": size, "base_bytes": total, "tensors": rows}
     (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
@@ -155,7 +157,7 @@ def write_record(folder: Path, base: Checkpoint, merged: Checkpoint, names: Mapp
 def _tensor_record(view: TensorView, name: str, merged: TensorView | None, file: BinaryIO | None) -> dict[str, Any]:
     """Digest and blocks of one base tensor; their payloads go to `file`, None for no residuals."""
     digest, blocks, step = hashlib.sha256(), [], block_rows(view)
-    alike = merged if merged is not None and merged.dtype == view.dtype and merged.shape == view.shape else None
+    alike = merged if _begins_alike(merged, view.dtype, view.shape) else None
     for first in range(0, view.row_count, step):
         stop = min(first + step, view.row_count)
         words = _raw(view, first, stop)
@@ -165,6 +167,30 @@ def _tensor_record(view: TensorView, name: str, merged: TensorView | None, file:
             file.write(payload)
             blocks.append([form, len(payload)])
     return {"name": name, "dtype": view.dtype, "shape": list(view.shape), "sha256": digest.hexdigest(), "blocks": blocks}
+
+
+def _begins_alike(merged: TensorView | None, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Has the merged tensor rows to start from, of this type and width? It may have more of them (added tokens)."""
+    if merged is None or merged.dtype != dtype or len(merged.shape) != len(shape):
+        return False
+    return merged.shape == shape or (merged.shape[1:] == shape[1:] and merged.shape[0] > shape[0])
+
+
+def _files(base: Mapping[str, bytes], merged: Mapping[str, bytes]) -> dict[str, Any]:
+    """The base's small files where the merge put others in their place; nothing where it left them as they were."""
+    if dict(base) == dict(merged):
+        return {}
+    kept = {name: content for name, content in base.items() if merged.get(name) != content}
+    return {"files": {name: base64.b64encode(zlib.compress(kept[name])).decode() if name in kept else None for name in base}}
+
+
+def _restored_files(record: Mapping[str, Any], merged: Mapping[str, bytes], place: str) -> Mapping[str, bytes]:
+    if "files" not in record:
+        return merged
+    try:
+        return {name: merged[name] if text is None else zlib.decompress(base64.b64decode(text)) for name, text in record["files"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
+        raise _damaged(place, f"{type(error).__name__}: {error}") from error
 
 
 def _raw(view: TensorView, first: int, stop: int) -> bytes:
@@ -240,7 +266,8 @@ def restored(merged: Checkpoint, path: Path, base: Checkpoint | None = None) -> 
             )
         else:
             tensors[name] = view
-    return Checkpoint(tensors, record["config"], merged.assets, record["base"]["name"], lambda: str(record["base"]["digest"]))
+    assets = _restored_files(record, merged.assets, str(path))
+    return Checkpoint(tensors, record["config"], assets, record["base"]["name"], lambda: str(record["base"]["digest"]))
 
 
 def _told(view: TensorView | None) -> str:
@@ -281,7 +308,7 @@ class RestoredRows:
             payload = self.residual.raw(begin, begin + size) if size and self.residual and self.residual.raw else b""
             if len(payload) != size:
                 raise ValueError("residuals are missing")
-            fits = self.merged is not None and (self.merged.dtype, self.merged.shape) == (self.dtype, self.shape)
+            fits = _begins_alike(self.merged, self.dtype, self.shape)
             if form != "words" and not fits:
                 raise ValueError(f"the merged checkpoint has {_told(self.merged)} for {self.dtype} {list(self.shape)}")
             words = self.merged.raw(first, stop) if fits and form != "words" and self.merged and self.merged.raw else None

@@ -24,6 +24,7 @@ from compiler.deltas.base import Delta, Edit, wrong_delta
 from compiler.deltas.bind import bind
 from compiler.deltas.names import HEADS, Names
 from compiler.deltas.spectrum import spectrum
+from compiler.deltas.vocabulary import grow
 
 MOST = 64
 PRECISION = 1e-5
@@ -80,6 +81,7 @@ def _alone(delta: Delta) -> Iterator[Row]:
 
 def _bound(delta: Delta, base: Checkpoint) -> Iterator[Row]:
     names = Names(base.tensors, str(base.config.get("model_type")))
+    base = grow(base, names, [delta]).ground
     for name, edits in bind(base, names, [delta]).items():
         view = base.tensors.get(name)
         if view is None and name in HEADS:  # the base ties it to its embedding: the same change, unless the delta was trained on one side only

@@ -50,7 +50,7 @@ def token_edit(place: str, module: str, rows: TensorView, config: Mapping[str, A
             raise wrong_delta(place, f"token indices below {tensor.shape[0]}", found, "use the base it was trained on")
         return change
 
-    return Edit(f"{module}.weight", (ANY, rows.shape[1]), change, reads_base=True, prepare=prepare)
+    return Edit(f"{module}.weight", (ANY, rows.shape[1]), change, reads_base=True, prepare=prepare, brings=tuple(places.tolist()))
 
 
 def _indices(module: str, config: Mapping[str, Any]) -> Sequence[int] | None:

@@ -23,11 +23,18 @@ from compiler.deltas.mix import LastBlock, Term, mixed_rows
 from compiler.deltas.names import HEADS, Names
 from compiler.deltas.select import EVERYTHING, Selection
 from compiler.deltas.tied import untie
+from compiler.deltas.vocabulary import Growth, check_added, grow
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge does. bound: base or added name -> edits in order. head: (head's name, embedding's name) where it unties. select: of all deltas."""
+    """What a merge does.
+
+    bound   base or added name -> edits in order
+    head    (head's name, embedding's name) where it unties
+    select  of all deltas
+    growth  the base with the token rows and the tokenizer that deltas bring
+    """
 
     base: Checkpoint
     deltas: tuple[Delta, ...]
@@ -37,21 +44,27 @@ class MergePlan:
     head: tuple[str, str] | None = None
     notes: tuple[str, ...] = ()
     select: Selection = EVERYTHING
+    growth: Growth | None = None
+
+    @property
+    def ground(self) -> Checkpoint:
+        """The base as the deltas see it."""
+        return self.growth.ground if self.growth else self.base
 
     def view(self) -> Checkpoint:
         """The merged checkpoint; nothing is computed until rows are read."""
         last = LastBlock()
-        tensors = dict(self.base.tensors)
+        tensors = dict(self.ground.tensors)
         if self.head:
             name, embedding = self.head
-            tensors[name] = replace(self.base.tensors[embedding], name=name)
+            tensors[name] = replace(self.ground.tensors[embedding], name=name)
         tensors = {name: _merged(view, self.bound[name], self.combine, last) if name in self.bound else view for name, view in tensors.items()}
         for name in self.added:
             tensors[name] = _added(name, self.bound[name])
         if self._prefix:
             tensors = {(called := self.merged_name(name)): replace(view, name=called) for name, view in tensors.items()}
         origin = " + ".join([self.base.origin, *(delta.origin for delta in self.deltas)])
-        return Checkpoint(tensors, self._config(), self.base.assets, origin, self._digest)
+        return Checkpoint(tensors, self._config(), self.ground.assets, origin, self._digest)
 
     def merged_name(self, name: str) -> str:
         """What a tensor of the base, or an added one, is called in the merged view."""
@@ -66,6 +79,7 @@ class MergePlan:
             "deltas": [self._delta_record(delta) for delta in self.deltas],
             "added": list(self.added),
             "notes": list(self.notes),
+            "tokenizer": self.growth.tokenizer if self.growth else None,
         }
 
     def _delta_record(self, delta: Delta) -> dict[str, Any]:
@@ -92,7 +106,7 @@ class MergePlan:
         return self._names.prefix if (self.added or self.head) and self._names.bare else ""
 
     def _config(self) -> dict[str, Any]:
-        config = dict(self.base.config)
+        config = dict(self.ground.config)
         if self.head:
             config["tie_word_embeddings"] = False
         for delta in self.deltas:
@@ -105,6 +119,8 @@ class MergePlan:
             parts[f"delta {number:04d}"] = f"{delta.digest} {delta.weight!r} {delta.select}".rstrip()
         if self.select.as_dict():
             parts["select"] = str(self.select)
+        if self.growth and self.growth.tokenizer:
+            parts["tokenizer"] = self.growth.tokenizer
         return sha256_parts(parts)
 
 
@@ -114,17 +130,22 @@ def merged_view(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | st
 
 
 def plan_merge(base: Checkpoint, deltas: Sequence[Delta], combine: Combine | str = "linear", select: Selection = EVERYTHING) -> MergePlan:
-    """Bind the deltas, where `select` keeps them, to the base. Raises DeltaError as `bind`, `check_head`, `untie` say, RecipeError for an unknown combine."""
+    """Bind the deltas, where `select` keeps them, to the base.
+
+    Raises DeltaError as `grow`, `bind`, `check_head`, `untie`, `check_added` say, RecipeError for an unknown combine.
+    """
     mixture = combine_named(combine) if isinstance(combine, str) else combine
     names = Names(base.tensors, str(base.config.get("model_type")))
-    bound = bind(base, names, deltas, select)
+    growth = grow(base, names, deltas)
+    bound = bind(growth.ground, names, deltas, select)
     added = tuple(name for name in bound if name not in base.tensors and name not in HEADS)
     for delta in deltas:
         check_head(base, names, delta, added)
-    head, notes = untie(base, names, bound)
+    head, notes = untie(growth.ground, names, bound)
+    check_added(growth, bound, head, mixture.row.plain)
     known = {*base.tensors, *added, *(head or ())[:1]}
     kept = {name: tuple(edits) for name, edits in bound.items() if name in known}
-    return MergePlan(base, tuple(deltas), mixture, kept, added, head, (*notes, *_said(base, deltas, select)), select)
+    return MergePlan(base, tuple(deltas), mixture, kept, added, head, (*growth.notes, *notes, *_said(base, deltas, select)), select, growth)
 
 
 def _overridden(base: Checkpoint, delta: Delta) -> bool:

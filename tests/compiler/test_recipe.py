@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from compiler.errors import RecipeError
-from compiler.recipe import load_recipe
+from compiler.recipe import Deltas, load_recipe
 
 GOOD = """
 name: support-assistant
@@ -50,7 +50,10 @@ def test_set_lays_values_over_the_file(write):
 BAD = {
     "unknown key": (GOOD + "quantise: int4\n", r"recipe.yaml: quantise: expected one of .* found unknown key 'quantise'; did you mean 'quantize'\?"),
     "unknown nested key": (GOOD.replace("weight: 0.5", "wieght: 0.5"), r"deltas.0.wieght: .*did you mean 'weight'\?"),
-    "name twice": (GOOD.replace("    weight: 0.5", "  - path: other/support"), r"deltas: expected a name of its own for each delta, found 'support' twice"),
+    "name twice": (
+        GOOD.replace("    weight: 0.5", "    name: a\n  - {path: other/support, name: A}"),
+        r"deltas: expected a name of its own for each delta, found 'a' twice",
+    ),
     "bad delta name": (GOOD.replace("weight: 0.5", "name: a/b"), r"deltas.0.name: expected"),
     "attached": (given("{mode: attached}"), r"deltas.mode: .*items to attach"),
     "unknown key of deltas": (
@@ -111,3 +114,10 @@ def test_selections_of_a_recipe(write):
     assert (item.called, item.weight) == ("tone", 2.0)
     assert recipe.deltas.select.as_dict() == {"only": ["model.layers.*"], "scale": [["*.mlp.*", 0.5]]}
     assert item.select.factor("model.layers.0.mlp.up_proj", recipe.deltas.select.factor("model.layers.0.mlp.up_proj")) == -1
+
+
+def test_deltas_of_one_folder_name_are_numbered_where_they_are_merged() -> None:
+    items = [{"path": "a/support"}, {"path": "b/support"}, {"path": "c/x", "name": "support-2"}, {"path": "d/Support"}]
+    assert Deltas(items=items).names == ("support", "support-3", "support-2", "Support-4")
+    with pytest.raises(RecipeError, match=r"expected a name of its own for each delta, found 'support' twice"):
+        Deltas(mode="attached", items=items[:2])
