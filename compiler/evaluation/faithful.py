@@ -6,7 +6,9 @@ loss of rounding is taken out on both sides.
 1. The torch model gets the weights that the scheme leaves: dequantize(quantize(W)) by `quantizers.affine`, the slow twin of what filled the file
    (`see_through`).
 2. The graph runs with float32 activations (`SessionSettings.exact`; DynamicQuantizeMatMul as DequantizeLinear and MatMul).
-3. What remains is the order of float32 sums: max |a - b| / std(a) over the logits of a position is 1e-5 to 1e-4. TOLERANCE is ten times that.
+3. What remains is the order of float32 sums: the root mean square of a - b over the logits of a position, divided by the standard deviation of a, is 1e-6 for
+   tiny models and at most 1e-4 for SmolLM2-135M at int4 (a short row, whose first token has huge activations; 1e-5 elsewhere). TOLERANCE is ten times that.
+   The root mean square, because the largest of 49,152 differences is 4e-4 there, and still one missing row of as many gives 4e-3.
 
 The probes reach over the whole vocabulary, in a padded batch of three lengths, a prompt and then steps on the cache, so that positions, masks, rotation,
 cache, padding, the last-token gather, every head and every row of the output matrix take part. What they do not see: windows and rope scaling that begin
@@ -30,7 +32,7 @@ from compiler.quantizers import affine
 from compiler.reference import canonical
 from compiler.scheme import Scheme, matrix_name, parse_scheme
 from runtimes.adapters import Adapters
-from runtimes.behaviours import EXACT, difference, probes
+from runtimes.behaviours import EXACT, probes
 from runtimes.bundle import Bundle, read_json_object
 from runtimes.decode import DecodeLoop, read_layout
 from runtimes.session import open_session
@@ -164,6 +166,12 @@ def encoder_difference(model: Any, directory: Path, facts: Mapping[str, Any]) ->
     if got.ndim == 3:
         got, expected = got[mask > 0], expected[mask > 0]
     return difference(expected, got), int(mask.sum())
+
+
+def difference(left: np.ndarray, right: np.ndarray) -> float:
+    """Largest of rms(a - b) / std(a) over rows: [n, width] twice -> a number; NaN where either has one."""
+    a, b = np.atleast_2d(np.asarray(left, np.float64)), np.atleast_2d(np.asarray(right, np.float64))
+    return float((np.sqrt(np.square(a - b).mean(-1)) / np.maximum(a.std(-1), 1e-30)).max())
 
 
 def worse(first: float, second: float) -> float:
