@@ -138,10 +138,16 @@ def measure_ours(point: Ours, reference: Reference, calibration: Path | None, wo
     return result(str(point), size, np.concatenate(kl), np.concatenate(same), len(stored))
 
 
-def measure_peers(llama: Path, model: Path, reference: Reference, calibration: Path, work: Path) -> list[dict[str, Any]]:
-    """llama.cpp's types, each quantized here from the same weights and an importance matrix of the same text."""
-    tools, full, matrix = llama / "tools", work / "f32.gguf", work / "imatrix.gguf"
+def full_gguf(llama: Path, model: Path, work: Path) -> Path:
+    """The reference as a float32 GGUF, by llama.cpp's own converter."""
+    full = work / "f32.gguf"
     run([sys.executable, llama / "convert" / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", full], PYTHONPATH=str(llama / "convert"))
+    return full
+
+
+def measure_peers(llama: Path, full: Path, reference: Reference, calibration: Path, work: Path) -> list[dict[str, Any]]:
+    """llama.cpp's types, each quantized here from the same weights and an importance matrix of the same text."""
+    tools, matrix = llama / "tools", work / "imatrix.gguf"
     run([tools / "llama-imatrix", "-m", full, "-f", calibration, "-o", matrix, "-t", "2"])
     rows = []
     for kind in PEERS:
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="plain text that is scored")
     parser.add_argument("--calibration", type=Path, required=True, help="other plain text, for our calibration and the peers' importance matrix")
     parser.add_argument("--llama", type=Path, help="environment of llama.cpp, made by benchmarks/peers.py")
+    parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for a tokenizer that llama.cpp's converter does not read")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--points", type=int, nargs="*", default=list(range(len(POINTS))), help="which of our points, by number")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
@@ -220,7 +227,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         work = Path(folder)
         reference = make_reference(open_checkpoint(str(arguments.model)), arguments.text, arguments.windows, work)
-        rows = measure_peers(arguments.llama, arguments.model, reference, arguments.calibration, work) if arguments.llama else []
+        rows: list[dict[str, Any]] = []
+        if arguments.llama:
+            full = arguments.gguf or full_gguf(arguments.llama, arguments.model, work)
+            rows = measure_peers(arguments.llama, full, reference, arguments.calibration, work)
         for number in arguments.points:
             rows.append(measure_ours(POINTS[number], reference, arguments.calibration, work))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -125,7 +125,7 @@ def test_no_such_base(refuses, tmp_path):
 
 
 def test_dynamic_int8_is_refused_for_decoders(base, refuses, tmp_path):
-    refuses(1, "ruins decoders", arguments=["export", base, "--scheme", "int8", "--out", tmp_path / "out" / "onnx"])
+    refuses(1, "forms for encoders", "use int8-g64", arguments=["export", base, "--scheme", "int8", "--out", tmp_path / "out" / "onnx"])
 
 
 def test_a_bundle_that_is_none(refuses, tmp_path):

@@ -202,7 +202,7 @@ def test_token_indices_that_do_not_fit(tmp_path: Path) -> None:
     for indices, message in {
         (9, 3): r"expected one token index for each trained row, found 2 indices, and rows \[3, 24\]",
         (9, 9, 3): r"expected token indices of at least 0, each once, found \[9, 9, 3\]",
-        (9, 3, 64): r"expected token indices below 64, found index 64: the adapter is for a base with more tokens",
+        (9, 3, 64): r"expected tokenizer.json with the added tokens of 1 added rows, found none",
     }.items():
         path.write_text(json.dumps({**config, "token_indices": indices}))
         with pytest.raises(DeltaError, match=message):
