@@ -1,10 +1,10 @@
 """Rules of the house that no single module can keep: import direction, start-up, what the wheel holds, generated docs."""
 
 import ast
-import resource
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -61,15 +61,14 @@ def test_only_what_runs_a_job_calls_stages():
 def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys; sys.argv = ['trimtab', '--help']\nfrom compiler.cli import main\ntry: main()\nexcept SystemExit: print(*sys.modules, file=sys.stderr)"
     seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(5):
+        started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        seconds.append(time.perf_counter() - started)
     loaded = set(done.stderr.split())
     assert not loaded & (HEAVY | {"numpy", "onnxruntime", "pydantic", "yaml"})
     assert "Example" in done.stdout
-    assert min(seconds) < 0.3  # the promise itself, in processor time, so that a busy neighbour cannot break the build
+    assert min(seconds) < 0.3  # the promise itself; the best of five, so that a busy neighbour cannot break the build
 
 
 def test_every_command_shows_an_example():

@@ -39,7 +39,7 @@ def folders(out):
 
 
 def test_pass_publishes_a_whole_bundle_and_the_second_build_is_cached(trimtab, recipe, tmp_path):
-    path, out = recipe({"size_mb": 5, "kl_mean": 0.05}), tmp_path / "out"
+    path, out = recipe({"size_mb": 5, "kl_mean": 0.05, "ttft_p50_ms": 2000}), tmp_path / "out"
     code, stdout, stderr = trimtab("compile", path, "--out", out)
     assert code == 0, stderr
     assert "PASS" in stdout and folders(out) == ["tiny-here"]

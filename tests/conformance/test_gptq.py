@@ -30,7 +30,7 @@ def moments_of(checkpoint, windows):
 
 def test_every_matrix_of_the_first_blocks():
     checkpoint = open_checkpoint(BASE)
-    seen = moments_of(checkpoint, token_windows(calibration_set(None), checkpoint, count=8, length=256))
+    seen = moments_of(checkpoint, token_windows(calibration_set(None), checkpoint, count=16, length=512))
     unseen = moments_of(checkpoint, token_windows(EvaluationSet((Row(text=builtin_text().decode()),), "", ""), checkpoint, count=4, length=256))
     scheme = parse_scheme("int4-g64")  # not the lattice of the package's own 4-bit blocks
     for name, (weight, moment) in seen.items():
@@ -39,6 +39,6 @@ def test_every_matrix_of_the_first_blocks():
             output_error(weight - affine.dequantize(one), tests)
             for one in (affine.quantize(weight, scheme), search.quantize(weight, scheme, moment.diagonal()), gptq.quantize(weight, scheme, moment))
         )
-        assert solved < 0.95 * plain and weighted < 0.95 * plain, name
-        assert solved < 1.02 * weighted, name  # one matrix is a draw from these 2,000 tokens (0.773 to 0.770 of plain); from 8,000 it is 0.629 to 0.753
+        assert solved < weighted and weighted < 1.05 * plain, name
+        assert solved < 0.95 * plain, name
     assert len(seen) == 4 * BLOCKS

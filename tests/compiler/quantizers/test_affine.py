@@ -61,7 +61,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(text):
     quantized = affine.quantize(weight, scheme)
     step = np.abs(quantized.scales).repeat(scheme.group_size, axis=1)[:, :500]
     # A symmetric grid has no code at +8 steps, so the element opposite to the extreme may lose a full step; a scale rounded to float16 moves the ends a little.
-    assert np.all(np.abs(affine.dequantize(quantized) - weight) <= step * (1.02 if scheme.symmetric else 0.53))
+    assert np.all(np.abs(affine.dequantize(quantized) - weight) <= step * ((1.0 if scheme.symmetric else 0.51) + (0.02 if scheme.half_scales else 0.0)))
 
 
 def test_more_bits_never_hurt():
