@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -81,9 +82,12 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
     if found is None:
         from compiler.quantizers.windows import token_windows
 
-        found = sensitivity(merged, token_windows(rows, merged, WINDOWS, LENGTH), CHOICES, PROBED, report, seed)
-        with store.make(step.key) as work:
-            (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
+        def fill(work: Path) -> None:
+            measured = sensitivity(merged, token_windows(rows, merged, WINDOWS, LENGTH), CHOICES, PROBED, report, seed)
+            (work / "sensitivity.json").write_text(json.dumps(measured.as_dict(), sort_keys=True))
+
+        place = store.obtain(step.key, fill, step.named)
+        found = Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text()))
     return found
 
 

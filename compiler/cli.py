@@ -5,7 +5,9 @@ Exit codes: 0 done or PASS, 1 error, 2 usage, 3 limit exceeded (FAIL), 4 INCONCL
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
 from compiler.cli_targets import targets_group
+from compiler.cli_trust import cache_group, explain_command, rebuild_command
 from targets.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -46,23 +49,55 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
+    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback. With --json also the error as JSON on stdout.
+
+    SIGTERM ends it as Ctrl-C does: temporary folders are removed and nothing is published.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with contextlib.suppress(ValueError):  # only the main thread may set it
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         # Without standalone mode click returns the code of an Exit; commands themselves return nothing.
-        code = cli.main(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False) or 0
+        code = cli.main(args=given, prog_name="trimtab", standalone_mode=False) or 0
     except TrimtabError as error:
-        click.echo(f"trimtab: {error}", err=True)
-        code = error.exit_code
+        code = _tell(error, given)
+    except MemoryError as error:
+        code = _tell(_system_error("memory", "enough of it", str(error) or "none left", "close other programs, or use a machine with more", "MEMORY"), given)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing left to say
+        code = 1
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        code = _tell(_system_error(str(error.filename or "system"), "that it works", reason, "check the path, its permissions and the system's limits"), given)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("trimtab: interrupted; nothing was published", err=True)
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nothing left to say
-        code = 1
+    except Terminated:
+        click.echo("trimtab: terminated; nothing was published", err=True)
+        code = 143
     sys.exit(code)
+
+
+class Terminated(BaseException):
+    """SIGTERM came: raised wherever the program is, so that every `finally` runs."""
+
+
+def _terminated(_number: int, _frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _system_error(place: str, expected: str, found: str, remedy: str, code: str = "SYSTEM") -> TrimtabError:
+    return TrimtabError(place, expected=expected, found=found, remedy=remedy, code=code)
+
+
+def _tell(error: TrimtabError, given: Sequence[str]) -> int:
+    click.echo(f"trimtab: {error}", err=True)
+    if "--json" in given:
+        _print_json({"error": error.as_dict()})
+    return error.exit_code
 
 
 def _store() -> Store:
@@ -324,6 +359,5 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
-cli.add_command(bench_command)
-cli.add_command(delta_group)
-cli.add_command(targets_group)
+for command in (bench_command, cache_group, delta_group, explain_command, rebuild_command, targets_group):
+    cli.add_command(command)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compiler import attached, auto, judge
 from compiler.errors import RecipeError
@@ -32,6 +32,9 @@ from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrice
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
+
+if TYPE_CHECKING:
+    from compiler.evaluation.run import Exported
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -53,13 +56,13 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
-        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, calibration(recipe))
     elif recipe.quantize.method != "rtn":
         raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
     return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
 
 
-def _calibration(recipe: Recipe) -> EvaluationSet | None:
+def calibration(recipe: Recipe) -> EvaluationSet | None:
     """The text that a calibrated method runs through the model; None where no method asks for any."""
     from compiler.quantizers.methods import METHODS
 
@@ -114,6 +117,7 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
+    package.require_writable(out)
     run = Run(recipe, sources, data, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
@@ -195,8 +199,8 @@ class Run:
         how = ", ".join(sorted(set(step.params["methods"].values())))
         with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
             if cached is None:
-                with self.store.make(step.key) as work:
-                    quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
+                update = self.progress.update
+                self.store.obtain(step.key, lambda work: quantize_matrices(sources.merged, step.params, calibration(self.recipe), work, update), step.named)
         read = [sources.merged.digest]
         record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
         return self.store.place(step.key), [record]
@@ -205,33 +209,38 @@ class Run:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
-            if cached is None:
-                with self.store.make(step.key) as work:
-                    export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
-        place = cached or self.store.place(step.key)
+
+            def fill(work: Path) -> None:
+                export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
+
+            place = cached or self.store.obtain(step.key, fill, step.named)
         wrote = sorted(path.name for path in place.iterdir())
         record = Record("export", step.key, [sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
         return place, record
 
     def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
-        from compiler.evaluation.run import Exported, evaluate, evaluate_attached
+        from compiler.evaluation.run import Exported
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
-            if cached is None:
-                files = Exported(exported, codes_in(codes) if codes else None)
-                base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
-                if self.sources.attached:
-                    result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
-                else:
-                    result = evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
-                with self.store.make(step.key) as work:
-                    (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
-        place = cached or self.store.place(step.key)
+
+            def fill(work: Path) -> None:
+                found = self._answers(Exported(exported, codes_in(codes) if codes else None))
+                (work / "evaluation.json").write_text(json.dumps(found, ensure_ascii=False, sort_keys=True))
+
+            place = cached or self.store.obtain(step.key, fill, step.named)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
         return result, Record("evaluate", step.key, [self.data.digest], [], values, cached is not None, watch.seconds, peak_rss_mb())
+
+    def _answers(self, files: Exported) -> dict[str, Any]:
+        from compiler.evaluation.run import evaluate, evaluate_attached
+
+        base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
+        if self.sources.attached:
+            return evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
+        return evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
 
     def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""
