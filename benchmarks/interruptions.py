@@ -116,7 +116,7 @@ class Bench:
     def _child(self, recipe: str, work: Path, sweep: Sweep | None, k: int, record: bool, told: Path) -> int:
         from compiler.cli import main
 
-        with told.open("w") as file, open(os.devnull, "w") as null:
+        with told.open("w") as file, Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ["TRIMTAB_CACHE"] = str(work / "cache")

@@ -21,7 +21,9 @@ def explain_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     Raises what planning raises. Nothing is run and nothing is stored.
     """
     entries = store.entries()
-    return [{"name": plan["name"], "target": plan["target"], "steps": [_explained(row, entries) for row in plan["steps"]]} for plan in plan_recipe(recipe, store)]
+    return [
+        {"name": plan["name"], "target": plan["target"], "steps": [_explained(row, entries) for row in plan["steps"]]} for plan in plan_recipe(recipe, store)
+    ]
 
 
 def _explained(row: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def _same_sources(sources: Sources, manifest: Mapping[str, Any], bundle: Path) -
     for name, digest in then.items():
         if now.get(name) != digest:
             found = str(now.get(name, "none"))[:16]
-            raise BundleError(f"{bundle}: {name}", expected=f"digest {digest[:16]}", found=found, remedy="name the one it was built from", code="REBUILD_SOURCE")
+            raise BundleError(
+                f"{bundle}: {name}", expected=f"digest {digest[:16]}", found=found, remedy="name the one it was built from", code="REBUILD_SOURCE"
+            )
 
 
 def _digest(sources: Sources, manifest: Mapping[str, Any], place: Path, recipe: Recipe, progress: Progress) -> str:

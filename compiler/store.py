@@ -239,7 +239,7 @@ class Store:
                 handle = os.open(self.place(key) / ENTRY, os.O_RDONLY)
                 self._pins[key] = handle
                 fcntl.flock(handle, fcntl.LOCK_SH)
-                if os.path.samestat(os.fstat(handle), os.stat(self.place(key) / ENTRY)):
+                if os.path.samestat(os.fstat(handle), (self.place(key) / ENTRY).stat()):
                     return  # else it was removed, and perhaps made again, before the lock was ours
 
     def _release(self, key: str) -> None:

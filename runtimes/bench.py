@@ -13,8 +13,8 @@ The protocol of the child process (`measure_in_child` is its other end). One JSO
                 "percentile": 95, "limit": 400, "confidence": 0.995, "estimate": ..., "lower": ..., "upper": ...}],
      "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}}
 
-Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "code", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of JSON
-{"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
+Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "code", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of
+JSON {"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
 
 How it is measured. A request is one prompt of random token ids (seeded) and `new_tokens` greedy tokens, stop tokens ignored; it gives one sample of each
 series, because tokens of one request are not independent: TTFT, and TPOT = (t_last - t_first) / (n - 1). Peak memory is that of this fresh process, in which

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtimes.external import check_graph
 from runtimes.providers import session_providers
 from targets.errors import BundleError
 from targets.machine import usable_cores
@@ -80,6 +81,7 @@ def open_session(model_path: Path, settings: SessionSettings | None = None, grap
         options.profile_file_prefix = settings.profile_prefix
     if not Path(model_path).is_file():
         raise BundleError(str(model_path), expected="an ONNX file", found="none", remedy=REMEDY)
+    check_graph(Path(model_path))
     source: str | bytes = str(model_path)
     if settings.exact or graph is not None:
         source = graph or Path(model_path).read_bytes()

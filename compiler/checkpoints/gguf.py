@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from compiler.checkpoints import ggml
-from compiler.checkpoints.files import read_at, sha256_file
+from compiler.checkpoints.files import Stamp, read_at, sha256_file, stamp
 from compiler.checkpoints.gguf_config import AUXILIARY, Family, Source, build_config, family_of, generation_config, hugging_face_name
 from compiler.checkpoints.gguf_header import Entry, Header, read_header
 from compiler.checkpoints.view import Checkpoint, TensorView
@@ -61,7 +61,7 @@ def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping
             found=entry.dtype,
             remedy="use another quantization of the model, or its safetensors",
         )
-    rows = _rows(path, entry)
+    rows = _rows(path, entry, stamp(path))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
     if family.permuted and heads:
         if entry.shape[0] % (2 * heads):
@@ -72,8 +72,8 @@ def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping
     return TensorView(name, entry.shape, entry.dtype, rows)
 
 
-def _rows(path: Path, entry: Entry) -> Rows:
-    """float32 [n, columns]; a vector reads as rows of one value."""
+def _rows(path: Path, entry: Entry, seen: Stamp | None = None) -> Rows:
+    """float32 [n, columns]; a vector reads as rows of one value. seen: the file as it was when its header was read."""
     tail = entry.shape[1:]
     if len(entry.shape) < 2:  # vectors are never quantized: GGUF packs along the last dimension
         row_bytes, columns = ggml.row_size(entry.dtype, 1), 1
@@ -82,7 +82,7 @@ def _rows(path: Path, entry: Entry) -> Rows:
         row_bytes = ggml.row_size(entry.dtype, columns) * int(np.prod(tail[:-1], dtype=np.int64))
 
     def rows(start: int, stop: int) -> np.ndarray:
-        data = read_at(path, entry.begin + start * row_bytes, (stop - start) * row_bytes)
+        data = read_at(path, entry.begin + start * row_bytes, (stop - start) * row_bytes, seen)
         return ggml.decode(data, entry.dtype, columns).reshape(stop - start, *tail)
 
     return rows

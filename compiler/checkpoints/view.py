@@ -8,11 +8,13 @@ memory is a block, not a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from compiler.errors import CheckpointError
 
 ROW_BLOCK_BYTES = 16 << 20  # float32 bytes in one block of `TensorView.blocks`
 
@@ -56,6 +58,24 @@ class TensorView:
 
 
 @dataclass(frozen=True)
+class FiniteRows:
+    """The same rows, refused where one is NaN or infinite."""
+
+    view: TensorView
+    origin: str
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        block = self.view.rows(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = block.sum()
+        if not np.isfinite(total) and (bad := int((~np.isfinite(block)).sum())):  # a finite sum has no NaN or infinity in it
+            found = f"{bad} NaN or infinite among rows {start} to {stop - 1}"
+            remedy = "find out what broke the model: no metric of it would mean anything"
+            raise CheckpointError(f"{self.origin}: {self.view.name}", expected="finite weights", found=found, remedy=remedy, code="WEIGHT_NONFINITE")
+        return block
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model: lazy tensors, its config, and the small files that travel with it.
 
@@ -75,6 +95,10 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         return self.digest_of()
+
+    def finite(self) -> Checkpoint:
+        """The same model, whose rows raise CheckpointError where one is NaN or infinite."""
+        return replace(self, tensors={name: replace(view, rows=FiniteRows(view, self.origin)) for name, view in self.tensors.items()})
 
     @cached_property
     def parameter_count(self) -> int:

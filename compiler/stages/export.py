@@ -101,6 +101,7 @@ def export(
     from compiler.graph.lint import require_clean
 
     require_tokenizer(checkpoint)
+    checkpoint = checkpoint.finite()
     schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
     with writing(directory):
         if options["road"] == DECODER:

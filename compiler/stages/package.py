@@ -70,7 +70,9 @@ def assemble(exported: Path, work: Path) -> None:
             if path.name not in (SUMMARY, ENTRY):
                 shutil.copyfile(path, work / path.name)
                 if path.name in known and file_digest(work / path.name) != known[path.name][1]:
-                    raise OutputError(str(path), expected="the file that was stored", found="other bytes", remedy="check the disk, then run again", code="CACHE")
+                    raise OutputError(
+                        str(path), expected="the file that was stored", found="other bytes", remedy="check the disk, then run again", code="CACHE"
+                    )
 
 
 def write_manifest(work: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

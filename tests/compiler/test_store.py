@@ -194,7 +194,7 @@ def read_only(store):
     for path in [store.root, *store.root.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     for path in store.root.parents:
-        if os.stat(path).st_uid == os.getuid() and path != path.parent:
+        if path.stat().st_uid == os.getuid() and path != path.parent:
             path.chmod(0o755)
     if os.getuid() == 0:
         os.setuid(65534)
