@@ -1,16 +1,17 @@
 """Interrupt the compile of a tiny model at every call that changes a file, and look at what is left.
 
-    python benchmarks/interruptions.py [--sweeps kill,full,...] [--most N] [--json FILE]
+    python benchmarks/interruptions.py [--sweeps kill,full:20,...] [--most N] [--json FILE]
 
 Needs Linux and a C compiler. `interruptions.c` is preloaded, counts those calls (Python's, C++'s and Rust's) below one folder that holds the store and the
 bundle's place, and acts at the k-th. Each case is a process of its own, forked from one that has everything imported; a cold store each time, in every
-other case with an older bundle at the place. Rows of SWEEPS say what is done; each is repeated for k = 1, 2, 3, ... to the end, or for N evenly spaced k.
+other case with an older bundle at the place. Rows of SWEEPS say what is done; each is repeated for k = 1, 2, 3, ... to the end, or for N evenly spaced k
+(kill:20).
 
 After each case: the place holds nothing, the older bundle, or the new one, whole (every hash); every entry of the store is whole; a process that was not killed
 told its fault in one line and left nothing beside the place. Then the same compile runs undisturbed: exit code 0, the same digest, nothing left over.
 
-What evaluates and measures writes no file; its numbers are recorded once from a real run and given back, so that all of this takes minutes. `events` interrupts
-the real evaluation and measurement at N points spread over the reports of progress.
+What evaluates, measures and tries the tokenizer writes no file; its results are recorded once from a real run and given back, so that all of this takes
+minutes. `events` interrupts the real evaluation and measurement at N points spread over the reports of progress.
 """
 
 from __future__ import annotations
@@ -136,9 +137,10 @@ class Bench:
         """Keep what evaluation and measurement find, or give it back."""
         from compiler import judge
         from compiler.pipeline import Run
+        from compiler.stages import export
 
         judge.MEASURE_SECONDS, judge.FRESH_PROCESSES = 1.0, 1
-        for owner, name in ((Run, "_answers"), (judge, "measure")):
+        for owner, name in ((Run, "_answers"), (judge, "measure"), (export, "try_small_files")):
             found = getattr(owner, name)
 
             def kept(*given: Any, found: Callable[..., Any] = found, name: str = name) -> Any:
@@ -287,11 +289,13 @@ def main() -> int:
     import compiler.report.html  # noqa: F401
 
     bench = Bench(place, base, delta)
-    rows = [run_sweep(bench, name, given.most or (24 if SWEEPS[name].real else 0)) for name in given.sweeps.split(",")]
-    for row in rows:
-        print(f"{row['sweep']:12s} {row['tried']:5d} of {row['points']} points tried, {len(row['broken'])} broke a promise")
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = []
+    for name in given.sweeps.split(","):
+        name, _, most = name.partition(":")
+        rows.append(run_sweep(bench, name, int(most or given.most or (24 if SWEEPS[name].real else 0))))
+        print(f"{name:12s} {rows[-1]['tried']:5d} of {rows[-1]['points']} points tried, {len(rows[-1]['broken'])} broke a promise", flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any(row["broken"] for row in rows) else 0
 
 

@@ -211,6 +211,7 @@ class Run:
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
 
             def fill(work: Path) -> None:
+                export_stage.try_small_files(sources.merged)
                 export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
 
             place = cached or self.store.obtain(step.key, fill, step.named)

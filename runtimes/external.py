@@ -24,6 +24,7 @@ DEPTH = 64
 KEYS = {"location", "offset", "length", "checksum"}
 DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 MOST_BYTES = 2 << 30
+LEAVES, SMALL = ("attribute", "tensor"), 100  # bytes; a shorter one without the word location refers to nothing, and most are such
 # message -> field number -> message that stands there
 MESSAGES = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -48,7 +49,7 @@ def check_graph(path: Path) -> None:
     if size > MOST_BYTES:
         raise _wrong(path, "at most 2 GB, as protobuf allows", f"{size} bytes", "ONNX_PARSE")
     data = path.read_bytes()
-    domains, used = set(DOMAINS), {}
+    domains, used = set(DOMAINS), dict[str, str]()
     pending = [("model", data, 0)]
     while pending:
         kind, message, depth = pending.pop()
@@ -62,7 +63,7 @@ def check_graph(path: Path) -> None:
                 texts[named[number]] = part.decode("utf-8", "replace")
             elif number in inside and inside[number] == "external":
                 entries.append(part)
-            elif number in inside:
+            elif number in inside and (inside[number] not in LEAVES or len(part) > SMALL or b"location" in part):
                 pending.append((inside[number], part, depth + 1))
         if kind == "function":
             domains.add(texts.get("domain", ""))

@@ -76,12 +76,8 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     """(spans by name, metadata) of one safetensors file. Raises CheckpointError for anything the rules above forbid."""
     size = file_size(path)
     length = int(read_at(path, 0, 8).view("<u8")[0]) if size >= 8 else 0
-    if size >= 8:
-        _check_magic(path)
     if size < 8 or length > min(size - 8, HEADER_LIMIT_BYTES):
-        found = f"a header of {length} bytes in a file of {size}" if size >= 8 else f"{size} bytes"
-        code = "ST_HEADER_LENGTH" if size >= 8 else "ST_HEADER_SMALL"
-        raise CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=AGAIN, code=code)
+        raise _no_header(path, length, size)
     text = read_at(path, 8, length).tobytes()
     if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:  # counted before they become objects
         raise CheckpointError(str(path), expected=f"at most {MOST_TENSORS} tensors", found=f"{count}", remedy="this is no model", code="LIMIT_TENSORS")
@@ -92,14 +88,16 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     return spans, metadata
 
 
-def _check_magic(path: Path) -> None:
-    """A pickle or an archive under this name is told as what it is."""
+def _no_header(path: Path, length: int, size: int) -> CheckpointError:
+    """A pickle or an archive under this name is told as what it is: its first bytes make no length that could be."""
+    if size < 8:
+        return CheckpointError(str(path), expected="a whole safetensors file", found=f"{size} bytes", remedy=AGAIN, code="ST_HEADER_SMALL")
     start = read_at(path, 0, 8).tobytes()
-    kind = next((kind for magic, kind in MAGICS if start.startswith(magic)), "")
-    if kind and start[4:] != bytes(4):  # what a header length below 4 GB ends in
-        raise CheckpointError(
-            str(path), expected="a safetensors file", found=f"{kind} under this name: refused", remedy="ask for a safetensors copy", code="MAGIC_MISMATCH"
-        )
+    if kind := next((kind for magic, kind in MAGICS if start.startswith(magic)), ""):
+        found, remedy = f"{kind} under this name: refused", "ask for a safetensors copy"
+        return CheckpointError(str(path), expected="a safetensors file", found=found, remedy=remedy, code="MAGIC_MISMATCH")
+    found = f"a header of {length} bytes in a file of {size}"
+    return CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=AGAIN, code="ST_HEADER_LENGTH")
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:

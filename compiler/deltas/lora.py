@@ -11,7 +11,6 @@ with `use_dora` holds a magnitude beside each pair: see `dora`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ NOT_BUILT: Mapping[str, str] = {
 }
 # These start by taking the factors out of the base, so A and B fit a base that is nowhere stored
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LARGEST = 1e9  # rank or alpha; NaN is not at most this
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,11 @@ def scale_of(module: str, config: Mapping[str, Any]) -> tuple[float, int]:
     rank = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     for name, value in (("r", rank), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             code = "ADAPTER_SHAPE" if name == "r" else "ADAPTER_SCALE"
-            raise wrong_delta(f"adapter_config.json: {name} of {module}", "a finite number", repr(value)[:60], "correct adapter_config.json", code)
+            raise wrong_delta(
+                f"adapter_config.json: {name} of {module}", f"a number of at most {LARGEST:.0e}", repr(value)[:60], "correct adapter_config.json", code
+            )
     return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank)) if rank > 0 else 0.0, int(rank)
 
 

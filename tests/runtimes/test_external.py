@@ -78,8 +78,14 @@ def test_every_place_is_reached(place: str, write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("code", "told"),
     [
-        *(("ONNX_EXTERNAL_PATH", {"location": place}) for place in ("../x", "a/../../x", "/etc/passwd", "C:\\x", "", "*/_ORT_MEM_ADDR_/*", "none", ".", "link")),
-        *(("ONNX_EXTERNAL_RANGE", told) for told in ({"offset": "-1"}, {"length": "65"}, {"offset": "60", "length": "8"}, {"length": str(2**62)}, {"offset": "x"})),
+        *(
+            ("ONNX_EXTERNAL_PATH", {"location": place})
+            for place in ("../x", "a/../../x", "/etc/passwd", "C:\\x", "", "*/_ORT_MEM_ADDR_/*", "none", ".", "link")
+        ),
+        *(
+            ("ONNX_EXTERNAL_RANGE", told)
+            for told in ({"offset": "-1"}, {"length": "65"}, {"offset": "60", "length": "8"}, {"length": str(2**62)}, {"offset": "x"})
+        ),
         ("ONNX_EXTERNAL_KEY", {"basepath": "/etc"}),
     ],
 )
