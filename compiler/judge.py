@@ -9,7 +9,7 @@ from typing import Any
 
 from compiler.attached import heaviest
 from compiler.evaluation.attribution import blamed
-from compiler.limits import PERCENTILE, plain
+from compiler.limits import PERCENTILE, bare, covers, plain
 from compiler.progress import Progress
 from compiler.record import Stopwatch
 from compiler.report.verdict import Check, Verdict
@@ -81,6 +81,10 @@ class Asked:
     metrics: Sequence[str] = ()
     max_seconds: float = 0.0
 
+    def reports(self, name: str) -> bool:
+        """Whether an accuracy metric is shown. On other data than the task's, `metrics: [kl_mean]` asks for `typos.kl_mean` too."""
+        return not self.metrics or bool({plain(name), bare(name)} & set(self.metrics)) or any(covers(limit, name) for limit in self.limits)
+
 
 def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, progress: Progress) -> tuple[Measured, dict[str, Any]]:
     """Behaviours, then latency, memory and load time of a bundle folder in fresh processes; also the raw series for the report.
@@ -100,7 +104,7 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
         fresh.append(measure_in_child(bundle, short))
     series = {name.removesuffix("_ms"): values for name, values in result.series.items() if name.endswith("_ms")}
-    shown = {name: metric for name, metric in known.accuracy.items() if not asked.metrics or plain(name) in (*asked.metrics, *asked.limits)}
+    shown = {name: metric for name, metric in known.accuracy.items() if asked.reports(name)}
     measured = Measured(
         size_mb=package.device_bytes(bundle) / 1e6,
         accuracy=shown,

@@ -16,7 +16,8 @@ from typing import Any
 
 from compiler import attached, auto, judge
 from compiler.errors import RecipeError
-from compiler.evaluation.data import EvaluationSet, load_rows
+from compiler.evaluation.data import EvaluationSet
+from compiler.evaluation.suite import Suite, recipe_suite
 from compiler.foresight import foresee
 from compiler.judge import Outcome
 from compiler.plan import Plan, Step, make_plan
@@ -40,17 +41,12 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
     return load_profile(str(file) if file.suffix in (".yaml", ".yml") and file.is_file() else item.profile)
 
 
-def _recipe_data(recipe: Recipe) -> EvaluationSet:
-    path = recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
-    return load_rows(path, recipe.evaluate.limit_rows)
-
-
-def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
+def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
     schemes = schemes or recipe.quantize.schemes
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
-    evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
+    evaluate = {**suite.parts, "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
         quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
@@ -75,11 +71,11 @@ def _calibration_text(recipe: Recipe) -> EvaluationSet:
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    return [_foreseen(recipe, sources, data, target, store) for target in recipe.targets]
+    sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    return [_foreseen(recipe, sources, suite, target, store) for target in recipe.targets]
 
 
-def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, store: Store) -> dict[str, Any]:
+def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, store: Store) -> dict[str, Any]:
     profile, chosen = _profile(recipe, target), None
     if recipe.quantize.auto:
         step = _sensitivity_step(recipe, sources)
@@ -90,7 +86,7 @@ def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: Tar
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
     schemes = chosen.schemes if chosen else recipe.quantize.schemes
-    plan = _plan(recipe, sources, data, target, schemes)
+    plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
@@ -113,8 +109,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    run = Run(recipe, sources, data, store, progress, max_seconds)
+        sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
@@ -124,7 +120,7 @@ class Run:
 
     recipe: Recipe
     sources: Sources
-    data: EvaluationSet
+    suite: Suite
     store: Store
     progress: Progress
     max_seconds: float = 0.0  # cap on measuring one target; 0 for none
@@ -148,7 +144,7 @@ class Run:
 
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
-        plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
+        plan = _plan(self.recipe, self.sources, self.suite, item, self.chosen.schemes if self.chosen else None)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
         codes, quantized = self._quantize(plan, self.sources)
         exported, export_record = self._export(plan, self.sources, codes)
@@ -178,7 +174,7 @@ class Run:
         if not name:
             return []
         twin = self.sources.attached[name]
-        plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
+        plan = _plan(self.recipe, twin, self.suite, item, self.chosen.schemes if self.chosen else None)
         exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
@@ -218,10 +214,10 @@ class Run:
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
-        with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
+        with self.progress.stage("evaluate", f"{len(self.suite.data.rows)} rows of {self.suite.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 files = Exported(exported, codes_in(codes) if codes else None)
-                base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
+                base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
                 else:
@@ -231,7 +227,7 @@ class Run:
         place = cached or self.store.place(step.key)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
-        return result, Record("evaluate", step.key, [self.data.digest], [], values, cached is not None, watch.seconds, peak_rss_mb())
+        return result, Record("evaluate", step.key, [self.suite.data.digest, *([self.suite.control.digest] if self.suite.control else [])], [], values, cached is not None, watch.seconds, peak_rss_mb())
 
     def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""

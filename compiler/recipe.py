@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
 from compiler.errors import RecipeError
-from compiler.limits import quantity
+from compiler.evaluation.noise import NOISES
+from compiler.limits import CONTROL, CUSTOM, EVERY_NOISE, bare, needed_data, quantity
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
@@ -147,11 +148,19 @@ class Quantize(Part):
 
 
 class Evaluate(Part):
-    """Data to compare the bundle with the merged fp32 model on: text, JSONL chats (`messages`) or labelled rows (`text`, `label`)."""
+    """Data to compare the bundle with the merged fp32 model on (compiler.evaluation.data lists the forms of rows).
+
+    noise    kinds of noise to evaluate the same data with: names of rows of `compiler.evaluation.noise.NOISES`, or `all`
+    control  data outside of the task that the deltas were trained for, or `builtin`
+    custom   metrics of the user's own: name -> `module:function`, or an entry point of the group trimtab.metrics
+    """
 
     data: str | None = None  # None: the built-in text
     metrics: Sequence[str] = ()
     limit_rows: int | None = Field(default=None, ge=1)
+    noise: Sequence[str] | Literal["all"] = ()
+    control: str | None = None
+    custom: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")], str] = Field(default_factory=dict)
 
     @field_validator("metrics")
     @classmethod
@@ -159,6 +168,26 @@ class Evaluate(Part):
         for name in metrics:
             quantity(name, "evaluate.metrics")
         return metrics
+
+    @field_validator("noise")
+    @classmethod
+    def known_noise(cls, noise: Sequence[str] | str) -> Sequence[str] | str:
+        for name in noise if noise != "all" else ():
+            if name not in NOISES:
+                expected = f"all, or some of {', '.join(NOISES)}"
+                raise RecipeError("evaluate.noise", expected=expected, found=repr(name), remedy=nearest(name, NOISES))
+        return noise
+
+    @property
+    def noises(self) -> tuple[str, ...]:
+        return tuple(NOISES) if self.noise == "all" else tuple(self.noise)
+
+    def has(self, name: str) -> bool:
+        """Whether what a limit needs is evaluated: `typos.kl_mean` needs that noise, `control.kl_mean` a control set, `custom.polite` that function."""
+        data, metric = needed_data(name), bare(name)
+        own = metric.removeprefix("custom.").removesuffix("_drop") if CUSTOM.fullmatch(metric) else None
+        there = bool(self.control) if data == CONTROL else bool(self.noises) if data == EVERY_NOISE else not data or data in self.noises
+        return there and (own is None or own in self.custom or metric.removeprefix("custom.") in self.custom)
 
 
 class TargetItem(Part):
@@ -199,6 +228,16 @@ class Recipe(Part):
         if self.deltas.mode == "attached" and self.combine != CombineItem():
             found = f"{self.combine.method!r} with deltas.mode attached"
             raise RecipeError("combine", expected="nothing: attached deltas are not combined", found=found, remedy="remove combine, or mode")
+        return self
+
+    @model_validator(mode="after")
+    def limits_have_data(self) -> Recipe:
+        for item in self.targets:
+            for name in item.limits:
+                if not self.evaluate.has(name):
+                    key = "custom" if bare(name).startswith("custom.") else CONTROL if needed_data(name) == CONTROL else "noise"
+                    found = "nothing that measures it"
+                    raise RecipeError(f"targets.limits.{name}", expected=f"what it needs under evaluate.{key}", found=found, remedy=f"add evaluate.{key}")
         return self
 
     @field_validator("deltas", mode="before")

@@ -178,7 +178,7 @@ def test_fewest_samples_are_what_the_table_says() -> None:
 
 
 def test_smallest_drops_are_what_the_table_says() -> None:
-    from compiler.evaluation.decoder import paired_drop
+    from compiler.evaluation.statistics import paired_drop
 
     rows = re.findall(r"^\| (\d+) \| (0\.\d{4}) \|$", text_of("evaluation.md"), re.MULTILINE)
     assert len(rows) == 5
@@ -189,7 +189,7 @@ def test_smallest_drops_are_what_the_table_says() -> None:
 def test_constants_in_the_prose_are_the_codes() -> None:
     from compiler import judge
     from compiler.checkpoints.view import ROW_BLOCK_BYTES
-    from compiler.evaluation import data, decoder, encoder
+    from compiler.evaluation import data, decoder, encoder, statistics
     from compiler.graph.architectures import FAMILIES
     from compiler.graph.encoder_task import TESTED
     from compiler.stages.export import CARRIED
@@ -208,7 +208,7 @@ def test_constants_in_the_prose_are_the_codes() -> None:
         and "three fresh processes" in verdicts
     )
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
-    assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
+    assert f"Fewer than {statistics.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20
     assert (len(selftest.TEXTS), selftest.TOP, selftest.KEPT) == (4, 5, 8)
     assert set(FAMILIES) <= table_keys("export.md") and all(name in export for name in TESTED)

@@ -7,7 +7,8 @@ Rules:
    exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
 3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
 4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
-5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`.
+5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`. A limit `noise.X` must hold
+   for every kind of noise that was evaluated: `typos.X`, `casing.X` ...
 6. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.limits import BY_NAME, PERCENTILE, Quantity, plain, quantity
+from compiler.limits import BY_NAME, PERCENTILE, Quantity, bare, covers, plain, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
 from runtimes.metrics import percentile_test
 
@@ -65,8 +66,8 @@ def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
     made = []
     for name, limit in limits.items():
         what = quantity(name, f"limits.{name}")
-        adapters = [found for found in measured.accuracy if plain(found) == name] or [name]
-        made += [_check(replace(what, name=each), limit, measured) for each in adapters]
+        each = [found for found in measured.accuracy if covers(name, found)] or [name]
+        made += [_check(replace(what, name=one), limit, measured) for one in each]
     decided = {check.name for check in made}
     return made + list(measured.built_in) + [row for row in _info(measured) if row.name not in decided]
 
@@ -98,6 +99,9 @@ def built_in(name: str, measured: float, limit: float, note: str, tried: bool = 
 
 def _stage(what: Quantity, limit: float, measured: Measured) -> str:
     """Whose doing a value is: "merge" where the merged fp32 model itself misses the limit, else the stage that cost most."""
+    told = measured.accuracy[what.name].get("stage")
+    if told:
+        return str(told)
     own = measured.merged.get(what.name)
     if own is not None and not (own <= limit if what.at_most else own >= limit):
         return "merge"
@@ -169,4 +173,4 @@ def _info(measured: Measured) -> list[Check]:
 
 def _unit(name: str) -> str:
     """The unit of a measurement; "" for those that nobody can limit."""
-    return BY_NAME[plain(name)].unit if plain(name) in BY_NAME else ""
+    return next((BY_NAME[known].unit for known in (plain(name), bare(name)) if known in BY_NAME), "")
