@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from compiler import attached, auto, judge
+from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet
 from compiler.evaluation.suite import Suite, recipe_suite
+from compiler.evaluation.tables import robustness, side_effects
 from compiler.foresight import foresee
+from compiler.history import family_key, point_of, position, remember
 from compiler.judge import Outcome
 from compiler.plan import Plan, Step, make_plan
 from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
-from compiler.record import Record, Stopwatch, peak_rss_mb, versions
+from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
@@ -32,7 +35,8 @@ from compiler.stages import package
 from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
-from targets.profile import Profile, load_profile
+from runtimes.bundle import REPORTS
+from targets.profile import Profile, fingerprint, load_profile
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -154,19 +158,30 @@ class Run:
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
-            facts = self._facts(profile, item.limits, summary["model"], records)
+            facts = self._facts(profile, item, summary["model"], records)
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
                 watch = Stopwatch()
-                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds)
+                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds, item.scenarios)
                 measured, series = judge.measure(work, asked, judge.Evaluated.of(evaluation), profile, self.progress)
-            records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
+            records.append(Record("measure", "", [], [], {"conditions": dict(measured.conditions)}, **watch.account))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
+            document["target"] |= judge.emulation(measured)
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             document["adapters"] = self._cost(item, profile, work, summary["model"])
+            document |= self._standing(plan, document, verdict)
             return _finish(work, place, document, facts, verdict)
+
+    def _standing(self, plan: Plan, document: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+        """Where this build stands among earlier ones, and what it saves."""
+        made = {"economics": economics(self.recipe.cost, document, delta_bytes(self.recipe))}
+        point = point_of(plan.step("export").key, document["model"]["scheme"], verdict.checks, fingerprint())
+        if point is not None:
+            points = remember(self.store, family_key(self.sources.identity, self.suite.data.digest), point)
+            made["position"] = position(points, fingerprint())
+        return made
 
     def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
@@ -194,8 +209,9 @@ class Run:
                 with self.store.make(step.key) as work:
                     quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
         read = [sources.merged.digest]
-        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
-        return self.store.place(step.key), [record]
+        place = self.store.place(step.key)
+        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
+        return place, [record]
 
     def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
@@ -206,7 +222,8 @@ class Run:
                     export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
-        record = Record("export", step.key, [sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        known = [sources.merged.digest]
+        record = Record("export", step.key, known, wrote, dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
         return place, record
 
     def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
@@ -227,15 +244,26 @@ class Run:
         place = cached or self.store.place(step.key)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
-        return result, Record("evaluate", step.key, [self.suite.data.digest, *([self.suite.control.digest] if self.suite.control else [])], [], values, cached is not None, watch.seconds, peak_rss_mb())
+        return result, Record(
+            "evaluate",
+            step.key,
+            [self.suite.data.digest, *([self.suite.control.digest] if self.suite.control else [])],
+            [],
+            values,
+            cached is not None,
+            watch.seconds,
+            peak_rss_mb(),
+        )
 
-    def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""
         recipe = self.recipe.model_dump(mode="json")
-        steps = [{key: value for key, value in record.as_dict().items() if key not in ("seconds", "peak_rss_mb", "cached")} for record in records]
+        steps = [{key: value for key, value in record.as_dict().items() if key not in RUN_FACTS} for record in records]
         lineage = {**self.sources.lineage, "recipe": recipe, "tools": versions()}
         target = {"id": profile.id, "fingerprint": profile.fingerprint}
-        return {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(limits), "records": steps}
+        facts = {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(item.limits), "records": steps}
+        scenarios = item.scenarios.model_dump(mode="json", exclude_none=True)
+        return facts | ({"scenarios": scenarios} if scenarios else {})
 
     def _selftest(self, work: Path) -> None:
         from runtimes.bundle import open_bundle
@@ -273,6 +301,8 @@ def _document(
         "task": evaluation["task"],
         "samples": evaluation["samples"],
         "evaluation": evaluation.get("data", {}),
+        "robustness": robustness(evaluation["metrics"]),
+        "side_effects": side_effects(evaluation["metrics"]),
     }
 
 
@@ -280,7 +310,7 @@ def _finish(work: Path, place: Path, document: dict[str, Any], facts: Mapping[st
     """Write the reports; publish on PASS, else leave only the reports beside the place where the bundle would have been."""
     from compiler.report.markdown import model_card
 
-    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in package.REPORTS]
+    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in REPORTS]
     with writing(work):
         judge.write_reports(document, work)
         (work / "README.md").write_text(model_card(document), encoding="utf-8")

@@ -12,24 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
+from compiler.economics import Alternative, Cost
 from compiler.errors import RecipeError
 from compiler.evaluation.noise import NOISES
 from compiler.limits import CONTROL, CUSTOM, EVERY_NOISE, bare, needed_data, quantity
+from compiler.scenarios import Batch, ColdStart, Part, Scenarios, Server
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 DIGEST = r"^[0-9a-f]{64}$"
-
-
-class Part(BaseModel):
-    """A piece of a recipe: frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DeltaItem(Part):
@@ -195,6 +191,7 @@ class TargetItem(Part):
 
     profile: str = "here"
     limits: Mapping[str, float] = Field(default_factory=dict)
+    scenarios: Scenarios = Scenarios()
 
     @field_validator("limits")
     @classmethod
@@ -217,6 +214,7 @@ class Recipe(Part):
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
     targets: Sequence[TargetItem] = (TargetItem(),)
+    cost: Cost = Cost()
     task: str | None = None
     max_length: int | None = Field(default=None, ge=16)
     seed: int = 0
@@ -231,9 +229,10 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def limits_have_data(self) -> Recipe:
+    def limits_have_what_measures_them(self) -> Recipe:
         for item in self.targets:
             for name in item.limits:
+                item.scenarios.require(name)
                 if not self.evaluate.has(name):
                     key = "custom" if bare(name).startswith("custom.") else CONTROL if needed_data(name) == CONTROL else "noise"
                     found = "nothing that measures it"
@@ -344,6 +343,12 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         "quantize": Quantize,
         "evaluate": Evaluate,
         "targets": TargetItem,
+        "scenarios": Scenarios,
+        "server": Server,
+        "batch": Batch,
+        "cold_start": ColdStart,
+        "cost": Cost,
+        "alternative": Alternative,
     }
     for part in location:
         model = rooms.get(str(part), model)

@@ -5,7 +5,7 @@ JSONL, one object a line; a row of `FORMS` each:
     {"text": ..., "label": ...}                                                                classification
     {"text": ...}                                                                              language modelling, or sentences
     {"context": ..., "choices": [...], "answer": 1}                                            multiple choice, by log-likelihood
-    {"question": ..., "choices": {"text": [...], "label": ["A", ...]}, "answerKey": "B"}       the same as ARC writes it (also {"question": {"stem", "choices"}})
+    {"question": ..., "choices": {"text": [...], "label": ["A", ...]}, "answerKey": "B"}       as ARC has it (or "question": {"stem", "choices"})
     {"query": ..., "choices": [...], "gold": 1}                                                the same as MosaicML's gauntlet writes it
     {"question": ..., "choice0": ..., "choice1": ..., "label": 1}                              the same as JCommonsenseQA writes it
     {"context": ..., "continuation": ...}                                                      LAMBADA: every token must be the most likely one

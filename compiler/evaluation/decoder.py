@@ -199,22 +199,20 @@ def until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def open_all_logits(directory: Path, model: Mapping[str, Any] | None = None, adapter: str = "") -> Any:
-    """The exported graph with logits at every position, as a decode loop; the twin graph lies beside the model while it is open.
+    """The exported graph with logits at every position, as a decode loop; the folder is only read.
 
     model, adapter  the manifest's section and the unmerged adapter to bind; "" for the base alone
     """
-    from compiler.graph.passes import all_logits
+    import onnx_ir as ir
+
+    from compiler.graph.passes import with_all_logits
     from runtimes.adapters import Adapters
     from runtimes.bundle import Bundle, read_json_object
     from runtimes.decode import DecodeLoop, read_layout
     from runtimes.session import SessionSettings, open_session
 
-    twin = directory / "all_logits.onnx"
-    all_logits(directory / "model.onnx", twin)
-    try:
-        session = open_session(twin, SessionSettings(spinning=False))  # torch takes turns with it on the same cores
-    finally:
-        twin.unlink(missing_ok=True)
+    twin = ir.to_proto(with_all_logits(directory / "model.onnx")).SerializeToString()
+    session = open_session(directory / "model.onnx", SessionSettings(spinning=False), twin)  # torch takes turns with it on the same cores
     genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")
     loop = DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
     loop.use(Adapters(Bundle(directory, {"model": model or {}}, "decoder", ()), session).values(adapter))

@@ -44,7 +44,9 @@ class Found:
             before: Hits = hits_of(self.sheet, self.base)
             made = {name: {BASE: before.reference[name], **systems} for name, systems in made.items()}
         if self.sheet.chats and self.answers:
-            right = {system: [got.text.strip() == row.answer.strip() for got, row in zip(texts, self.sheet.chats, strict=True)] for system, texts in self._told()}
+            right = {
+                system: [got.text.strip() == row.answer.strip() for got, row in zip(texts, self.sheet.chats, strict=True)] for system, texts in self._told()
+            }
             made["exact_match"] = right
         return made
 

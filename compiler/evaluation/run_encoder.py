@@ -37,10 +37,7 @@ def texts_for(rows: Sequence[Row], noise: Noise | None, seed: int) -> Texts:
     pairs = [row for row in rows if row.pair is not None]
     if pairs and len(pairs) < len(rows):
         raise RecipeError("evaluate.data", expected="pairs of sentences in every row or in none", found=f"{len(pairs)} of {len(rows)}", remedy="split the file")
-    if pairs:
-        texts = [text for row in pairs for text in row.pair or ()]
-    else:
-        texts = encoder.texts_of(rows)
+    texts = [text for row in pairs for text in row.pair or ()] if pairs else encoder.texts_of(rows)
     if noise:
         texts = [noise.apply(text, seed, number) or text for number, text in enumerate(texts)]
     told = [row for row in rows if row.text]

@@ -79,10 +79,18 @@ class Answer:
     text: str
 
 
+@dataclass(frozen=True)
+class Files:
+    """The files of a bundle that a ChatFormat reads, under the names that a checkpoint has for them."""
+
+    assets: Mapping[str, bytes]
+    config: Mapping[str, Any]
+
+
 class ChatFormat:
     """How one model writes conversations: its tokenizer, template and end token, read from the checkpoint's own files."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint | Files) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
@@ -93,6 +101,19 @@ class ChatFormat:
         eos = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
         self.eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.eos_text = str(self.tokenizer.id_to_token(self.eos_ids[0])) if self.eos_ids else ""
+
+    @staticmethod
+    def of_bundle(bundle: Bundle) -> ChatFormat:
+        """As a bundle's own files say."""
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+        assets = {name: (bundle.directory / name).read_bytes() for name in names if (bundle.directory / name).is_file()}
+        return ChatFormat(Files(assets, bundle.read_json("config.json", optional=True)))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        words: dict[str, int] = self.tokenizer.get_vocab()
+        return words
 
     @property
     def render(self) -> Callable[..., str] | None:

@@ -24,6 +24,11 @@ class Suite:
     custom: tuple[Custom, ...] = ()
 
     @property
+    def digests(self) -> list[str]:
+        """The files that were read."""
+        return [self.data.digest, *([self.control.digest] if self.control else [])]
+
+    @property
     def parts(self) -> dict[str, Any]:
         """What the result depends on, for the cache's key; nothing for what is not asked."""
         parts: dict[str, Any] = {"data": self.data.digest, "rows": len(self.data.rows)}

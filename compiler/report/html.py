@@ -33,12 +33,16 @@ LAYER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (  # the first match wins
 
 def render_html(document: Mapping[str, Any] | Report) -> str:
     """The whole report as one HTML file. Raises BundleError for a document that is not a report."""
-    report = read_document(document)
+    return template_environment().get_template("report.html.j2").render(**sections(read_document(document))) + "\n"
+
+
+def template_environment() -> Environment:
+    """Templates of this package, everything escaped."""
     environment = Environment(
         loader=PackageLoader("compiler.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(number=words.number, size=words.size, seconds=words.seconds, percent=words.percent, line=words.one_line, short=short_digest)
-    return environment.get_template("report.html.j2").render(**sections(report)) + "\n"
+    return environment
 
 
 def sections(report: Report) -> dict[str, Any]:

@@ -96,6 +96,20 @@ def interval_bar(value: float, low: float | None, high: float | None, top: float
     return svg_bar(parts, f"{number(value)} ({number(low)} to {number(high)})" if low is not None else number(value))
 
 
+def ratio_bar(ratio: float, low: float | None, high: float | None) -> Markup:
+    """A ratio on a logarithmic scale from a quarter to four times, the line at 1; with its interval."""
+    if not ratio > 0 or not math.isfinite(ratio):
+        return Markup("")
+
+    def at(value: float) -> float:
+        return min(max(0.5 + math.log(max(value, 1e-9)) / (2 * math.log(4)), 0.0), 1.0)
+
+    parts = [box(0, 1, "track"), box(min(0.5, at(ratio)), max(0.5, at(ratio)), "plain")]
+    if low is not None and high is not None and low > 0:
+        parts.append(whisker(at(low), at(high)))
+    return svg_bar([*parts, stroke(0.5, "limit", 4, 22)], f"{number(ratio)} times, between a quarter and four times; the line is 1")
+
+
 def strip(values: Sequence[tuple[str, float]], unit: str = "") -> Markup:
     """Narrow columns side by side, one per layer in model order; each names itself on hover."""
     top = max((value for _, value in values), default=0.0)

@@ -58,7 +58,7 @@ def test_excess_is_the_noisy_drop_less_the_clean_one() -> None:
     found = statistics.excess((reference, reference), (reference, bundle))
     assert found["value"] == pytest.approx(0.1) and found["low"] < 0.1 < found["high"] and found["exact"]
     assert statistics.excess((reference, bundle), (reference, bundle))["value"] == 0  # it was as much worse without noise
-    few, many = ([statistics.excess(([True] * n,) * 2, ([True] * n,) * 2)["high"] for n in (20, 2000)])
+    few, many = [statistics.excess(([True] * n,) * 2, ([True] * n,) * 2)["high"] for n in (20, 2000)]
     assert few > 0.3 and many < 0.01
 
 
