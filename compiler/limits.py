@@ -102,14 +102,20 @@ def covers(limit: str, name: str) -> bool:
 
 def quantity(name: str, place: str) -> Quantity:
     """The row of a limit's name. Raises RecipeError naming the nearest known quantity."""
-    if match := PERCENTILE.fullmatch(name) or SCENE_PERCENTILE.fullmatch(name):
-        return Quantity(name, "ms", True, f"{match['percentile']}th percentile of {match['series']} over requests")
-    if found := _accuracy(name) or BY_NAME.get(name):
-        return replace(found, name=name)
+    if found := lookup(name):
+        return found
     known = [*BY_NAME, "ttft_p95_ms", "tpot_p95_ms", "encode_p95_ms", "server.latency_p99_ms", "batch.latency_p95_ms"]
     if match := DATA.fullmatch(name):
         known = [f"{match['data']}.{row}" for row in ACCURACY]
     raise RecipeError(place, expected=f"a measurable quantity ({', '.join(known)})", found=repr(name), remedy=nearest(name, known))
+
+
+def lookup(name: str) -> Quantity | None:
+    """The row of a name, None where it is none."""
+    if match := PERCENTILE.fullmatch(name) or SCENE_PERCENTILE.fullmatch(name):
+        return Quantity(name, "ms", True, f"{match['percentile']}th percentile of {match['series']} over requests")
+    found = _accuracy(name) or BY_NAME.get(name)
+    return replace(found, name=name) if found else None
 
 
 def _accuracy(name: str) -> Quantity | None:

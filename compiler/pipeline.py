@@ -244,16 +244,7 @@ class Run:
         place = cached or self.store.place(step.key)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
-        return result, Record(
-            "evaluate",
-            step.key,
-            [self.suite.data.digest, *([self.suite.control.digest] if self.suite.control else [])],
-            [],
-            values,
-            cached is not None,
-            watch.seconds,
-            peak_rss_mb(),
-        )
+        return result, Record("evaluate", step.key, self.suite.digests, [], values, cached is not None, **watch.account)
 
     def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""

@@ -4,7 +4,8 @@
    coordinated omission (Tene; MLPerf LoadGen times from the scheduled arrival too): latency and time to first token count from the intended arrival.
 2. An episode begins with an empty queue. Its first arrivals bring the queue to its usual length and do not count.
 3. The reference kernel is read between episodes: one that was disturbed is dropped as a whole.
-4. utilisation = rate x mean service time / concurrency. At 1 or more the queue grows for as long as one measures: then no percentile is a PASS.
+4. An episode ends at DEADLINE times its intended length. Who was not served by then has waited at least so long, and counts as that.
+5. utilisation = rate x mean service time / concurrency. At 1 or more the queue grows for as long as one measures: then no percentile is a PASS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from targets.errors import TrimtabError
 from targets.spin import Spin
 
 EPISODE_SECONDS, EPISODE_LEAST = 8.0, 24  # arrivals of an episode: those of so many seconds, at least so many
+DEADLINE = 3.0
 LEAD_SHARE = 0.15  # of an episode's arrivals fill the queue
 SERIES = ("server.latency_ms", "server.ttft_ms")
 Serve = Callable[[], Mapping[str, float]]  # one request: {"latency_ms": ..., "ttft_ms": ...} since it was handed over; called from several threads
@@ -57,8 +59,12 @@ def arrivals(load: Load, count: int, episode: int) -> list[float]:
     return np.cumsum(gaps).tolist()
 
 
-def episode(serve: Serve, intended: Sequence[float], concurrency: int) -> list[Served]:
-    """Let requests arrive as intended; those that find no free slot wait in order. Raises what `serve` raises."""
+def episode(serve: Serve, intended: Sequence[float], concurrency: int) -> tuple[list[Served], int]:
+    """Let requests arrive as intended; those that find no free slot wait in order. One row each, and how many of them (the first) were served (rule 4).
+
+    Raises what `serve` raises.
+    """
+    end = DEADLINE * intended[-1] + 1.0
     waiting, lock = iter(enumerate(intended)), threading.Lock()
     served: list[Served | None] = [None] * len(intended)
     failed: list[BaseException] = []
@@ -68,7 +74,7 @@ def episode(serve: Serve, intended: Sequence[float], concurrency: int) -> list[S
         while not failed:
             with lock:
                 number, arrival = next(waiting, (-1, 0.0))
-            if number < 0:
+            if number < 0 or time.perf_counter() - started > end:
                 return
             ahead = started + arrival - time.perf_counter()
             if ahead > 0:
@@ -89,7 +95,8 @@ def episode(serve: Serve, intended: Sequence[float], concurrency: int) -> list[S
         thread.join()
     if failed:
         raise failed[0]
-    return [one for one in served if one is not None]
+    whole = sum(one is not None for one in served)
+    return [one or Served(arrival, end, end, end) for arrival, one in zip(intended, served, strict=True)], whole
 
 
 def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> tuple[Samples, float]:
@@ -109,17 +116,18 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     lost, started, before = 0.0, time.perf_counter(), spin.read()
     while True:
         opened = time.perf_counter()
-        served = episode(serve, arrivals(load, count + lead, episodes), load.concurrency)[lead:]
+        every, whole = episode(serve, arrivals(load, count + lead, episodes), load.concurrency)
+        served = every[lead:]
         after = spin.read()
         episodes += 1
         if before.quiet and after.quiet:
-            service += [one.done - one.begun for one in served]
+            service += [one.done - one.begun for one in every[:whole]]
             values["server.latency_ms"] += [1e3 * (one.done - one.intended) for one in served]
             if "server.ttft_ms" in values:
                 values["server.ttft_ms"] += [1e3 * (one.first - one.intended) for one in served]
         else:
             dropped, disturbed, lost = dropped + len(served), disturbed + 1, lost + time.perf_counter() - opened
-        before, kept = after, len(service)
+        before, kept = after, len(values[known[0]])
         for question in questions:
             question.look(values[question.limit.series])
         seconds, took = time.perf_counter() - started, time.perf_counter() - opened
@@ -139,5 +147,5 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
 
 
 def _sustained(test: PercentileTest, utilisation: float) -> PercentileTest:
-    """Rule 4: no PASS where the queue only grows."""
+    """Rule 5: no PASS where the queue only grows."""
     return replace(test, outcome=INCONCLUSIVE) if test.outcome == PASS and not utilisation < 1 else test

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from runtimes import confine
+from runtimes import confine, openloop
 from runtimes.bench import BenchOptions, measure_in_child
 from runtimes.collect import Budget, Limit
 from runtimes.confine import Confinement, confinement, processors, siblings
@@ -59,11 +59,12 @@ def test_arrivals_are_poisson_and_seeded() -> None:
 
 def test_waiting_counts_from_the_intended_arrival() -> None:
     """Four requests at once, one slot of 40 ms each: the last waits for three others, though the server never saw it late."""
-    served = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 1)
+    served, whole = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 1)
+    assert whole == 4
     latencies = [one.done - one.intended for one in served]
     assert latencies == sorted(latencies) and latencies[3] >= 0.16 and served[3].first - served[3].intended >= 0.13
     assert all(isinstance(one, Served) and one.begun >= one.intended for one in served)
-    four = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 4)
+    four, _ = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 4)
     assert max(one.begun for one in four) < served[3].begun  # with four slots nobody waits
 
 
@@ -74,12 +75,20 @@ def test_a_stalled_server_is_charged_for_those_who_came_meanwhile() -> None:
     def serve() -> dict[str, float]:
         return sleeper(next(calls))()
 
-    served = episode(serve, [number * 0.01 for number in range(20)], 1)
+    served, _ = episode(serve, [number * 0.01 for number in range(20)], 1)
     late = [one.done - one.intended for one in served]
     assert sum(value > 0.05 for value in late) >= 10 and sum(one.done - one.begun > 0.05 for one in served) == 1
 
 
-def test_utilisation_overload_and_dropped_episodes() -> None:
+def test_who_is_not_served_in_time_has_waited_at_least_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openloop, "DEADLINE", -4.0)  # the end: 0.2 s after the beginning
+    served, whole = episode(sleeper(30.0), [number * 0.01 for number in range(21)], 1)
+    assert len(served) == 21 and 3 <= whole < 12
+    assert all(one.done == pytest.approx(0.2) and one.done - one.intended > -1e-9 for one in served[whole:])
+
+
+def test_utilisation_overload_and_dropped_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openloop, "EPISODE_SECONDS", 0.4)
     budget = Budget(least=10, most=40, seconds=20.0)
     samples, used = open_loop(sleeper(2.0), Load(100.0), [Limit("server.latency_ms", 50.0, 1e4)], budget, Quiet())
     assert 0.15 < used < 0.8 and samples.tests[0][1].outcome == "PASS" and len(samples.values["server.ttft_ms"]) >= 32

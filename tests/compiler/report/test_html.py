@@ -68,6 +68,26 @@ def assert_inert(text: str) -> None:
     assert "default-src 'none'" in text
 
 
+def test_noise_side_effects_position_and_savings(full: dict[str, Any]) -> None:
+    text = render_html(full)
+    assert_inert(text)
+    page = Page(text).text
+    titles = ("With noisy input", "Outside of the task", "Among the builds of this model", "What the build cost", "What it saves")
+    places = [page.index(title) for title in titles]
+    assert places == sorted(places)
+    for fact in (
+        "0.86 → 0.8", "0.84 → 0.7", "+0.08 (0.01 to 0.15)", "more than the full model", "as much as the full model, as far as this shows",
+        "-0.12 (-0.2 to -0.04)", "the deltas", "1.1 times (1.06 to 1.15)", "No build of these models on these data is smaller and loses less.",
+        "Answer under load", "emulation Another machine stood in for the target: 1 core by affinity", "6.2 ×", "0.8 kWh", "watts 15", "Processor time", "86 MB",
+    ):  # fmt: skip
+        assert fact in page, fact
+    assert "&lt;now&gt;" in text and "<now>" not in text
+    beaten = {**full["position"], "builds": [{**row, "this": row["scheme"] == "int4-g32"} for row in full["position"]["builds"]]}
+    assert "2 other builds are no larger and lose less" in Page(render_html(full | {"position": beaten})).text
+    alone = {**full["position"], "builds": full["position"]["builds"][:1]}
+    assert "Among the builds" not in Page(render_html(full | {"position": alone})).text
+
+
 def test_page_answers_the_question_and_holds_every_section(document: dict[str, Any]) -> None:
     text = render_html(document)
     assert_inert(text)
