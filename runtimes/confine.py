@@ -60,7 +60,7 @@ def impose(asked: Confinement) -> list[str]:
             raise TargetError("emulation", expected="a system that binds processes to cores", found=os.name, remedy=remedy)
         chosen = processors(siblings(os.sched_getaffinity(0)), asked.cores, asked.threads)
         os.sched_setaffinity(0, chosen)
-        done.append(f"{asked.cores} core{'s' if asked.cores > 1 else ''} by affinity ({len(chosen)} processors)")
+        done.append(f"{asked.cores} core{'s' if asked.cores > 1 else ''} by affinity ({len(chosen)} processor{'s' if len(chosen) > 1 else ''})")
     if asked.memory_bytes:
         done.append(f"{asked.memory_bytes / 1e9:.3g} GB of memory by {_limit_memory(asked.memory_bytes)}")
     return done

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from compiler import economics, scenarios
 from compiler import recipe as recipe_module
-from compiler import scenarios
 from compiler.checkpoints.resolve import open_checkpoint, require_tokenizer
 from compiler.cli import cli
 from compiler.deltas.load import load_delta
@@ -90,6 +90,8 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         "server": scenarios.Server,
         "batch": scenarios.Batch,
         "cold_start": scenarios.ColdStart,
+        "cost": economics.Cost,
+        "alternative": economics.Alternative,
     }
     for name in model.model_fields:
         yield prefix + name
@@ -99,10 +101,11 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_every_recipe_key_is_explained_and_no_other() -> None:
     documented, known = table_keys("recipe.md"), set(recipe_keys(Recipe))
-    both = [*vars(recipe_module).values(), *vars(scenarios).values()]
+    both = [*vars(recipe_module).values(), *vars(scenarios).values(), *vars(economics).values()]
     models = {model for model in both if isinstance(model, type) and issubclass(model, recipe_module.Part)}
     rooms = {recipe_module.Deltas, recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
     rooms |= {scenarios.Scenarios, scenarios.Server, scenarios.Batch, scenarios.ColdStart}
+    rooms |= {economics.Cost, economics.Alternative}
     assert models == {recipe_module.Part, scenarios.Requests, Recipe, *rooms}
     assert known <= documented, known - documented
     extra = {key for key in documented - known if not (PERCENTILE.fullmatch(key) or SCENE_PERCENTILE.fullmatch(key)) and key not in {row.name for row in ROWS}}

@@ -159,7 +159,7 @@ def test_only_what_is_smaller_is_confined() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes")
 def test_a_confined_process_says_so_and_is(decoder: SimpleNamespace) -> None:
     result = measure_in_child(decoder.directory, BenchOptions(**SHORT, least=2, most=2, cores=1, core_threads=1, memory_bytes=3 * 10**9))  # type: ignore[arg-type]
-    assert len(result.emulated) == 2 and "1 core by affinity (1 processors)" in result.emulated[0] and "3 GB of memory by" in result.emulated[1]
+    assert len(result.emulated) == 2 and "1 core by affinity (1 processor)" in result.emulated[0] and "3 GB of memory by" in result.emulated[1]
     code = "import os; from runtimes.confine import *; impose(Confinement(1, 1)); print(len(os.sched_getaffinity(0)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "1"
 

@@ -149,6 +149,6 @@ def full(document: dict[str, Any]) -> dict[str, Any]:
     timed = [{**row, "cpu_seconds": 2 * row["seconds"], "bytes": 86_000_000} for row in document["records"]]
     rng = np.random.default_rng(5)
     latency = document["latency"] | {"server.latency_ms": rng.gamma(8, 60, 400).round(1).tolist()}
-    target = document["target"] | {"emulation": "1 core by affinity (1 processors)"}
+    target = document["target"] | {"emulation": "1 core by affinity (1 processor)"}
     more = {"robustness": robustness, "side_effects": effects, "position": position, "economics": economics, "records": timed}
     return document | more | {"latency": latency, "target": target}
