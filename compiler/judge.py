@@ -148,7 +148,7 @@ def _gathered(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, re
         blamed=blamed(known.stages),
         merged=known.merged,
         conditions=told,
-        emulated="; ".join(result.emulated),
+        emulated=result.emulated,
     )
     counts = {f"{name}_ms": dropped[scene_of(name)] for name in series}
     document: dict[str, Any] = {f"{name}_ms": values for name, values in series.items()}

@@ -7,7 +7,7 @@
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
 
     {"schema": 1, "kind": "decoder", "conditions": {"prompt_tokens": 128, "new_tokens": 32, "threads": 2, ...},
-     "load_s": 0.41, "peak_rss_mb": 210.3, "load_peak_rss_mb": 160.2, "size_mb": 78.2, "emulated": ["1 core by affinity (1 processor)"],
+     "load_s": 0.41, "peak_rss_mb": 210.3, "load_peak_rss_mb": 160.2, "size_mb": 78.2, "emulated": "",
      "series": {"ttft_ms": [...], "tpot_ms": [...], "prefill_tok_s": [...], "decode_tok_s": [...]}     (encoders: {"encode_ms": [...]})
      "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
      "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048,
@@ -24,7 +24,7 @@ library already imported and the files most likely in the system's cache; load_p
 
 Scenes. single: requests follow each other. batch: the same with `batch` requests at once; series "batch.latency_ms" and so on. server: `runtimes.openloop`.
 cold: one request of a process that has just begun, timed from before it began (`started`, on the system's monotonic clock) to its first token or vector, with
-the bundle's files dropped from the system's cache where the system allows; series "cold_start_ms". cores and memory_bytes: `runtimes.confine`.
+the bundle's files dropped from the system's cache where the system allows; series "cold_start_ms". cores and memory_bytes: `runtimes.confine`; emulated is then what was imposed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from typing import Any
 
 from runtimes.bundle import Bundle, drop_from_cache, open_bundle
 from runtimes.collect import Budget, Call, Limit, Samples, collect
-from runtimes.confine import Confinement, clean, impose
+from runtimes.confine import Confinement, clean
+from runtimes.confine import command as confined
 from runtimes.decode import PREFILL_CHUNK
 from runtimes.openloop import Load, open_loop
 from runtimes.session import SessionSettings
@@ -86,6 +87,7 @@ class BenchOptions:
     cores: int = 0
     core_threads: int = 0
     memory_bytes: int = 0
+    emulated: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class BenchOptions:
 
     def arguments(self) -> list[str]:
         """The same as a command line."""
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in ("limits", "started")}
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in ("limits", "started", "emulated")}
         words = [word for name, value in given.items() if value != "" for word in (f"--{name.replace('_', '-')}", str(value))]
         return words + [word for name, value in self.limits.items() for word in ("--limit", f"{name}={value!r}")]
 
@@ -134,7 +136,7 @@ class BenchResult:
     tests: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
     load_peak_rss_mb: float = 0.0
-    emulated: Sequence[str] = ()
+    emulated: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -148,7 +150,6 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
     import onnxruntime  # noqa: F401  (imported before the clock starts: load_s is the bundle's, not Python's)
     import tokenizers  # noqa: F401
 
-    confined = impose(Confinement(options.cores, options.core_threads, options.memory_bytes)) if alone else []
     bundle = open_bundle(directory)
     settings = SessionSettings(threads=options.threads, flush_denormals=alone)
     started = time.perf_counter()
@@ -171,7 +172,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
         tests=_tests(list(options.limits), samples),
         environment=environment(),
         load_peak_rss_mb=load_peak / 1e6,
-        emulated=confined,
+        emulated=options.emulated,
     )
 
 
@@ -196,6 +197,7 @@ def measure_in_child(directory: Path, options: BenchOptions, report: Callable[[i
     if options.scene == "cold":
         drop_from_cache(Path(directory))
         command += ["--started", repr(time.monotonic())]
+    command = confined(Confinement(options.cores, options.core_threads, options.memory_bytes), command)
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *(path for path in [os.environ.get("PYTHONPATH", "")] if path)]
     noise = []

@@ -4,12 +4,18 @@ cores    affinity: the process and its threads stay on so many physical cores (a
 memory   a control group of its own where one may be made (resident pages, files included); else RLIMIT_DATA, which counts private writable memory whether
          it was touched or not, and so stops a process a little early
 
+    python -m runtimes.confine CORES THREADS BYTES COMMAND...
+
+imposes it on itself and becomes COMMAND with what was imposed as its last argument, so that every page of COMMAND counts from the beginning.
+
 Caches, clocks, memory bandwidth and instruction sets stay those of the machine: a figure so measured is no verdict about the target.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,3 +137,25 @@ def _remove(group: Path) -> None:
         group.rmdir()
     except OSError:  # never made, or still in use
         return
+
+
+def command(asked: Confinement, words: Sequence[str]) -> list[str]:
+    """The command line that runs `words` so confined; itself where nothing is asked."""
+    if not asked.needed:
+        return list(words)
+    return [sys.executable, "-m", "runtimes.confine", str(asked.cores), str(asked.threads), str(asked.memory_bytes), *words, "--emulated"]
+
+
+def main(words: Sequence[str]) -> None:
+    """Become the confined command."""
+    cores, threads, size, *rest = words
+    try:
+        done = impose(Confinement(int(cores), int(threads), int(size)))
+    except TargetError as error:
+        print(json.dumps({"error": {"kind": "TargetError", "place": error.place, "expected": error.expected, "found": error.found, "remedy": error.remedy}}))
+        sys.exit(error.exit_code)
+    os.execv(rest[0], [*rest, "; ".join(done)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

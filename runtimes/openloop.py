@@ -22,7 +22,7 @@ from runtimes.metrics import INCONCLUSIVE, PASS, PercentileTest
 from targets.errors import TrimtabError
 from targets.spin import Spin
 
-EPISODE_SECONDS, EPISODE_LEAST = 8.0, 24  # arrivals of an episode: those of so many seconds, at least so many
+EPISODE_SECONDS, EPISODE_LEAST = 8.0, 24  # arrivals of an episode: those of so many seconds (or a quarter of the budget, if less), at least so many
 DEADLINE = 3.0
 LEAD_SHARE = 0.15  # of an episode's arrivals fill the queue
 SERIES = ("server.latency_ms", "server.ttft_ms")
@@ -107,7 +107,7 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     if unknown:
         raise TrimtabError("limits", expected=f"series among {', '.join(known)}", found=", ".join(unknown), remedy="choose another limit for this scenario")
     spin.calibrate(serve, count=9)
-    count = max(EPISODE_LEAST, round(EPISODE_SECONDS * load.rate_per_s))
+    count = max(EPISODE_LEAST, round(min(EPISODE_SECONDS, budget.seconds / 4) * load.rate_per_s))
     lead = max(load.concurrency, round(LEAD_SHARE * count))
     questions = [Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in known}
