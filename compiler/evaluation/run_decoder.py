@@ -145,7 +145,11 @@ class DecoderRun:
         return {"metrics": metrics, "task": task, "samples": samples, "stages": attribution.ordered(self.stages.rows)}
 
     def _customs(self, found: Found) -> Metrics:
+        """The user's metrics; not on a control set of another form than the data, for which they were not written."""
         made: Metrics = {}
+        forms = [{type(output) for output in one.outputs(MERGED)[1]} for one in (found, self.found[""])]
+        if forms[0] != forms[1]:
+            return made
         for one in self.suite.custom:
             values = custom_values(one, found)
             made |= custom_metrics(one.name, values, self.seed)

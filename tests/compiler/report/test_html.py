@@ -84,6 +84,8 @@ def test_noise_side_effects_position_and_savings(full: dict[str, Any]) -> None:
     assert "&lt;now&gt;" in text and "<now>" not in text
     beaten = {**full["position"], "builds": [{**row, "this": row["scheme"] == "int4-g32"} for row in full["position"]["builds"]]}
     assert "2 other builds are no larger and lose less" in Page(render_html(full | {"position": beaten})).text
+    unstated = {**full["economics"], "inputs": {}, "savings": full["economics"]["savings"][:1]}
+    assert "Energy" not in Page(render_html(full | {"economics": unstated})).text
     alone = {**full["position"], "builds": full["position"]["builds"][:1]}
     assert "Among the builds" not in Page(render_html(full | {"position": alone})).text
 
