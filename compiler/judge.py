@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
         return max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
 
     small = confinement(profile)
-    confined = {"cores": small.cores, "core_threads": small.threads, "memory_bytes": small.memory_bytes}
+    confined: dict[str, Any] = {"cores": small.cores, "core_threads": small.threads, "memory_bytes": small.memory_bytes}
     first = left()
     options = BenchOptions(
         limits=timed, seconds=min(MEASURE_SECONDS, first or MEASURE_SECONDS), max_seconds=first, threads=threads(profile), adapter=adapter, **confined
@@ -120,8 +120,12 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
             break
         cap = left()
         scene = replace(options, **{"limits": {}, **more}, seconds=min(MEASURE_SECONDS, cap or MEASURE_SECONDS), max_seconds=cap)
-        scenes.append(measure_in_child(bundle, scene, lambda done, most, _, name=scene.scene: progress.update(f"{name} requests", done, most)))
+        scenes.append(measure_in_child(bundle, scene, _counter(progress, scene.scene)))
     return _gathered(bundle, asked, known, profile, (result, fresh, scenes, found))
+
+
+def _counter(progress: Progress, scene: str) -> Callable[[int, int, float], None]:
+    return lambda done, most, _: progress.update(f"{scene} requests", done, most)
 
 
 Results = tuple[BenchResult, list[BenchResult], list[BenchResult], list[Check]]  # single-stream, fresh processes, other scenarios, behaviours

@@ -70,7 +70,7 @@ class Stopwatch:
         return _cpu_seconds() - self._cpu
 
     @property
-    def account(self) -> dict[str, float]:
+    def account(self) -> dict[str, Any]:
         """What a Record says of this run."""
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "peak_rss_mb": peak_rss_mb()}
 

@@ -24,7 +24,8 @@ library already imported and the files most likely in the system's cache; load_p
 
 Scenes. single: requests follow each other. batch: the same with `batch` requests at once; series "batch.latency_ms" and so on. server: `runtimes.openloop`.
 cold: one request of a process that has just begun, timed from before it began (`started`, on the system's monotonic clock) to its first token or vector, with
-the bundle's files dropped from the system's cache where the system allows; series "cold_start_ms". cores and memory_bytes: `runtimes.confine`; emulated is then what was imposed.
+the bundle's files dropped from the system's cache where the system allows; series "cold_start_ms". cores and memory_bytes: `runtimes.confine`;
+emulated is then what was imposed.
 """
 
 from __future__ import annotations

@@ -65,7 +65,10 @@ def prepare(rows: Sequence[Row], chat: ChatFormat, noise: Noise | None = None, s
 
     context: with noise, sequences lose their beginning beyond so many tokens, for every system alike
     """
-    made, counted, endings, items = [], [], [], []
+    made: list[Row] = []
+    counted: list[Scored] = []
+    endings: list[Scored] = []
+    items = []
     for number, row in enumerate(rows):
         if row.pair is not None:
             remedy = "give an encoder, or rows of {messages}, {text}, {context, choices}"

@@ -98,7 +98,7 @@ def test_what_cannot_be_compared(trimtab: Callable[..., tuple[int, str, str]], b
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["model"]["task"] = "feature-extraction"
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="expected a decoder for text-generation as .* found task 'feature-extraction'"):
+    with pytest.raises(BundleError, match=r"expected a decoder for text-generation as .* found task 'feature-extraction'"):
         compare([bundles["fp32"], other], Ask(rounds=0), Progress(quiet=True))
 
 
