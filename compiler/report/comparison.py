@@ -25,7 +25,7 @@ def letter(place: int) -> str:
     return LETTERS[place] if place < len(LETTERS) else str(place + 1)
 
 
-def finding(metric: str, other: Mapping[str, Any]) -> str:
+def finding(other: Mapping[str, Any]) -> str:
     """What the numbers of one bundle against the first mean: "1.24 times (1.18 to 1.31)", "-0.02 (-0.05 to 0.01), no difference shown"."""
     low, high = other.get("low"), other.get("high")
     if "ratio" in other:
@@ -44,7 +44,12 @@ def finding(metric: str, other: Mapping[str, Any]) -> str:
     return text + (f", p {words.number(p, digits=2)}" if p is not None and math.isfinite(p) else "")
 
 
-def shown(metric: str, value: float, unit: str) -> str:
+def named(metric: str) -> str:
+    """A metric in plain words; what a report measures against the full model is here against the first bundle."""
+    return words.label(metric).replace("the full model", "A")
+
+
+def shown(value: float, unit: str) -> str:
     return "–" if not math.isfinite(value) else words.figure(value, unit)
 
 
@@ -54,8 +59,8 @@ def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     heads = ["what", *names, *(f"{name} against A" for name in names[1:]), "samples"]
     rows = []
     for row in document["rows"]:
-        values = [shown(row["metric"], value, row["unit"]) for value in row["values"]]
-        rows.append([row["metric"], *values, *(finding(row["metric"], other) for other in row["against_first"]), f"{row['samples']:,}"])
+        values = [shown(value, row["unit"]) for value in row["values"]]
+        rows.append([row["metric"], *values, *(finding(other) for other in row["against_first"]), f"{row['samples']:,}"])
     return heads, rows
 
 
@@ -97,9 +102,9 @@ def render_html(document: Mapping[str, Any]) -> str:
     document = cleaned_document(document)
     rows = []
     for row in document["rows"]:
-        others = [{"text": finding(row["metric"], one), "bar": plots.ratio_bar(*ratio_of(one)) if "ratio" in one else ""} for one in row["against_first"]]
-        values = [shown(row["metric"], value, row["unit"]) for value in row["values"]]
-        rows.append({"row": row, "label": words.label(row["metric"]), "values": values, "others": others})
+        others = [{"text": finding(one), "bar": plots.ratio_bar(*ratio_of(one)) if "ratio" in one else ""} for one in row["against_first"]]
+        values = [shown(value, row["unit"]) for value in row["values"]]
+        rows.append({"row": row, "label": named(row["metric"]), "values": values, "others": others})
     names = [letter(place) for place in range(len(document["bundles"]))]
     return template_environment().get_template("compare.html.j2").render(document=document, rows=rows, names=names, sentences=sentences(document)) + "\n"
 
@@ -118,7 +123,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
             neutral = 1.0 if "ratio" in one else 0.0
             known = one.get("low") is not None and one.get("high") is not None
             if row["metric"] == "size_mb" or ("value" not in one and known and not one["low"] <= neutral <= one["high"]):
-                clear.append(f"{words.in_sentence(words.label(row['metric']))} {finding(row['metric'], one).split(' (')[0]}")
+                clear.append(f"{words.in_sentence(named(row['metric']))} {finding(one).split(' (')[0]}")
         said.append(f"{letter(place + 1)} ({bundle['name']}, {bundle['scheme']}) against A: {'; '.join(clear) or SAME}.")
     return said
 

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.report import plots
+from compiler.report.comparison import render_html as render_comparison
+from compiler.report.comparison import render_markdown as comparison_markdown
 from compiler.report.document import CheckRow, read_document
 from compiler.report.html import layer_kind, render_html, series_limits
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
@@ -236,6 +238,57 @@ def test_chromium_opens_it_without_request_or_console_message(failed: dict[str, 
     dom, hosts, console = opened(page)
     assert Page(dom).text.startswith("No: support-assistant must not go on")
     assert (hosts, console) == (set(), [])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_chromium_opens_the_new_sections_and_a_comparison(full: dict[str, Any], tmp_path: Path) -> None:
+    for name, text, begins in (("full", render_html(full), "Yes: support-assistant"), ("compared", render_comparison(comparison()), "2 bundles compared")):
+        page = tmp_path / f"{name}.html"
+        page.write_text(text, encoding="utf-8")
+        dom, hosts, console = opened(page)
+        assert begins in Page(dom).text[:80] and (hosts, console) == (set(), [])
+
+
+def comparison() -> dict[str, Any]:
+    one = {"folder": "a", "name": "<b>evil</b>\x1b[31m", "target": "here", "digest": "0" * 64, "scheme": "int8-g64", "base": "b", "deltas": ["d"]}
+    rows = [
+        {
+            "metric": "tpot_ms",
+            "unit": "ms",
+            "values": [10.0, 5.0],
+            "against_first": [{"ratio": 0.5, "low": 0.4, "high": 0.6, "p": 0.01}],
+            "samples": 5,
+            "note": "",
+        },
+        {
+            "metric": "kl_mean",
+            "unit": "nats",
+            "values": [math.nan, 0.1],
+            "against_first": [{"value": 0.1, "low": 0.09, "high": 0.11}],
+            "samples": 9,
+            "note": "",
+        },
+        {
+            "metric": "ttft_ms",
+            "unit": "ms",
+            "values": [math.nan] * 2,
+            "against_first": [{"ratio": math.nan, "low": None, "high": None}],
+            "samples": 0,
+            "note": "",
+        },
+    ]
+    samples = [{"prompt": "<script>alert(1)</script>", "expected": None, "answers": ["a", "b"]}]
+    return {"bundles": [one, {**one, "scheme": "int4-g64"}], "rows": rows, "samples": samples, "machine": "m"}
+
+
+def test_a_comparison_is_inert_and_names_what_differs() -> None:
+    text = render_comparison(comparison())
+    assert_inert(text)
+    page = Page(text).text
+    assert "against A: time per further token 0.5 times." in page and "Drift from A (mean KL)" in page
+    assert "\x1b" not in text and "<script" not in text and "&lt;b&gt;evil" in text
+    markdown = comparison_markdown(comparison())
+    assert "<script" not in markdown and "<b>" not in markdown and "0.5 times (0.4 to 0.6)" in markdown
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
