@@ -155,7 +155,7 @@ def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path
     assert code == 0 and "lm_head" in stdout and "KL" in stdout and "cached" in stdout
 
 
-def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path):
+def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},
         "batch": {"size": 3, "prompt_tokens": 16, "new_tokens": 4},
@@ -176,6 +176,7 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
     out = tmp_path / "out"
     code, _, stderr = trimtab("compile", path, "--out", out)
     document = json.loads(next(out.glob("tiny-here*/report.json")).read_text())
+    assert breaks_schema(document) == []
     checks = {row["name"]: row for row in document["verdict"]["checks"]}
     assert code in (0, 4), stderr  # a busy machine may leave a latency unproven, never failed
     assert {checks[name]["outcome"] for name in ("cold_start_ms", "typos.flips", "control.completion_accuracy_drop_since_base", "custom.words_drop")} == {
@@ -190,5 +191,7 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
     if code == 0:
         manifest = json.loads((out / "tiny-here" / "manifest.json").read_text())
         assert manifest["scenarios"]["server"]["rate_per_s"] == 40
-        again = json.loads(trimtab("validate", out / "tiny-here", "--json")[1])["document"]["verdict"]["checks"]
+        document = json.loads(trimtab("validate", out / "tiny-here", "--json")[1])["document"]
+        assert breaks_schema(document) == []
+        again = document["verdict"]["checks"]
         assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {row["name"] for row in again if row["limit"] is not None}
