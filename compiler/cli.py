@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from compiler.cli_bench import bench_command
+from compiler.cli_compare import compare_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -360,5 +361,5 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
         click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
 
 
-for command in (bench_command, cache_group, delta_group, explain_command, rebuild_command, targets_group):
+for command in (bench_command, cache_group, compare_command, delta_group, explain_command, rebuild_command, targets_group):
     cli.add_command(command)

@@ -20,8 +20,8 @@ from typing import Any
 from compiler.errors import OutputError
 from compiler.stages.export import SUMMARY
 from compiler.store import ENTRY, file_digest, locked, read_entry, sync, sync_tree, writing
+from runtimes.bundle import REPORTS
 
-REPORTS = ("report.html", "report.json", "README.md")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 NOT_IN_DIGEST = frozenset((*REPORTS, "selftest.json"))
 
