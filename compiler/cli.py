@@ -24,8 +24,9 @@ from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
 from compiler.cli_targets import targets_group
-from compiler.cli_trust import cache_group, explain_command, rebuild_command
+from compiler.cli_trust import cache_group, explain_command, rebuild_command, sbom_command, sign_command
 from targets.errors import TrimtabError
+from targets.telemetry import switch_off
 
 if TYPE_CHECKING:
     from compiler.store import Store
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     SIGTERM ends it as Ctrl-C does: temporary folders are removed and nothing is published.
     """
+    switch_off()
     given = sys.argv[1:] if arguments is None else list(arguments)
     with contextlib.suppress(ValueError):  # only the main thread may set it
         signal.signal(signal.SIGTERM, _terminated)
@@ -342,24 +344,49 @@ def inspect_command(path: str, as_json: bool) -> None:
 @cli.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-selftest", is_flag=True, help="Check hashes only.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="Also require signatures by this key (PEM). Needs trimtab[sign].")
+@click.option("--state", type=click.Path(path_type=Path), help="File of this machine with the highest release seen of each name: refuse a lower one.")
 @AS_JSON
-def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
-    """Check every hash of BUNDLE, then let it answer its own self-test.
+def verify_command(bundle: Path, no_selftest: bool, public_key: Path | None, state: Path | None, as_json: bool) -> None:
+    """Check every hash of BUNDLE, its signature where a key is given, then let it answer its own self-test.
 
     \b
     Example:
       trimtab verify out/support-assistant-here
+      trimtab verify out/support-assistant-here --public-key release.pub --state /var/lib/releases.json
     """
     from runtimes.bundle import verify_bundle
     from runtimes.selftest import run_selftest
 
+    if state and not public_key:
+        raise click.UsageError("--state needs --public-key: an unsigned release number proves nothing")
     files = verify_bundle(bundle)
+    release = None
+    if public_key:
+        from compiler.signing import verify_signed
+
+        release = verify_signed(bundle, public_key)
     canaries = [] if no_selftest else run_selftest(bundle)
+    if state and release:
+        from compiler.signing import raise_state
+
+        raise_state(state, release, bundle)
     if as_json:
-        _print_json({"bundle": str(bundle), "files": len(files), "canaries": len(canaries), "verified": True})
+        _print_json({"bundle": str(bundle), "files": len(files), "canaries": len(canaries), "release": release, "verified": True})
     else:
-        click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
+        signed = f", signed release {release['version']}" if release else ""
+        click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should{signed}")
 
 
-for command in (bench_command, cache_group, compare_command, delta_group, explain_command, rebuild_command, targets_group):
+for command in (
+    bench_command,
+    cache_group,
+    compare_command,
+    delta_group,
+    explain_command,
+    rebuild_command,
+    sbom_command,
+    sign_command,
+    targets_group,
+):
     cli.add_command(command)

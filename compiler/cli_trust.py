@@ -1,4 +1,4 @@
-"""The commands that show what is stored and why, and prove what was built: cache, explain, rebuild."""
+"""The commands that show what is stored and why, prove what was built, and say who built it: cache, explain, rebuild, sign, sbom."""
 
 from __future__ import annotations
 
@@ -128,3 +128,44 @@ def rebuild_command(bundle: Path, folder: Path, base: str | None, as_json: bool)
     for row in result["tools"]:
         click.echo(f"built with {row['name']} {row['then']}, here {row['now']}")
     click.echo(f"{bundle}: rebuilt byte for byte, digest {result['digest']}, {result['seconds']} s")
+
+
+@click.command("sign")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), required=True, help="Private key in PEM, elliptic (P-256, P-384, P-521).")
+@click.option("--release", "version", type=click.IntRange(1), required=True, help="Number of this release; a later one must be higher.")
+@click.option("--expires", default="", metavar="YYYY-MM-DD", help="Last day on which the release is valid; default: none.")
+@click.option("--password-env", metavar="NAME", help="Environment variable that holds the key's password.")
+@AS_JSON
+def sign_command(bundle: Path, key: Path, version: int, expires: str, password_env: str | None, as_json: bool) -> None:
+    """Sign BUNDLE, offline, after verifying it: writes BUNDLE.sig, BUNDLE.release.json and its signature beside it. Needs trimtab[sign].
+
+    \b
+    Example:
+      trimtab sign out/support-assistant-here --key release.pem --release 3 --expires 2027-06-30
+    """
+    import os
+
+    from compiler.signing import sign_bundle
+
+    result = sign_bundle(bundle, key, version, expires, os.environ.get(password_env) if password_env else None)
+    if as_json:
+        print_json(result)
+    else:
+        until = f", valid until {result['expires']}" if result["expires"] else ""
+        click.echo(f"{bundle}: release {result['version']} of {result['name']} signed{until}\n{result['signature']}\n{result['release']}")
+
+
+@click.command("sbom")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["cyclonedx", "slsa"]), default="cyclonedx", show_default=True, help="ML-BOM or provenance.")
+def sbom_command(bundle: Path, form: str) -> None:
+    """Print what BUNDLE is made of, after verifying it: a CycloneDX ML-BOM, or SLSA provenance as an in-toto statement.
+
+    \b
+    Example:
+      trimtab sbom out/support-assistant-here > support-assistant.cdx.json
+    """
+    from compiler.provenance import describe_bundle
+
+    print_json(describe_bundle(bundle)["bom" if form == "cyclonedx" else "provenance"])

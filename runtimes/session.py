@@ -27,6 +27,7 @@ from runtimes.external import check_graph
 from runtimes.providers import session_providers
 from targets.errors import BundleError
 from targets.machine import usable_cores
+from targets.telemetry import switch_off
 
 LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
 # AttributeProto (onnx.proto3): field 1, name, 14 bytes; field 3, i, a varint. Both varints have one byte, so no length around them changes.
@@ -58,6 +59,7 @@ def open_session(model_path: Path, settings: SessionSettings | None = None, grap
 
     Warnings of onnxruntime are kept off the terminal (severity 3): what matters is checked by us and said in our words.
     """
+    switch_off()
     import onnxruntime
 
     settings = settings or SessionSettings()

@@ -95,7 +95,7 @@ def _no_header(path: Path, length: int, size: int) -> CheckpointError:
     start = read_at(path, 0, 8).tobytes()
     if kind := next((kind for magic, kind in MAGICS if start.startswith(magic)), ""):
         found, remedy = f"{kind} under this name: refused", "ask for a safetensors copy"
-        return CheckpointError(str(path), expected="a safetensors file", found=found, remedy=remedy, code="MAGIC_MISMATCH")
+        return CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=remedy, code="MAGIC_MISMATCH")
     found = f"a header of {length} bytes in a file of {size}"
     return CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=AGAIN, code="ST_HEADER_LENGTH")
 
