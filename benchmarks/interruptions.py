@@ -77,15 +77,12 @@ class Done:
 class Bench:
     """A tiny model, two recipes of it, and the numbers of a real run."""
 
+    shim: Any  # the preloaded library
+
     def __init__(self, place: Path, base: Path, delta: Path) -> None:
         self.place, self.shim = place, ctypes.CDLL(None)
         self.recorded: dict[str, Any] = {}
-        rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is."}]} for n in range(4)]
-        (place / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-        parts = {"name": "tiny", "base": str(base), "deltas": [{"path": str(delta)}], "evaluate": {"data": "eval.jsonl"}}
-        for name, scheme in (("new", "int8-g32"), ("old", "int4-g32")):
-            recipe = {**parts, "quantize": {"scheme": scheme}, "targets": [{"profile": "here", "limits": LIMITS}]}
-            (place / f"{name}.yaml").write_text(json.dumps(recipe))
+        write_recipes(place, base, delta)
         self.digests = {}
         for name in ("new", "old"):
             done = self.run(name, place / name, record=name == "new")
@@ -245,6 +242,30 @@ def run_sweep(bench: Bench, name: str, most: int) -> dict[str, Any]:
         if number % 20 == 0:
             print(f"{name}: {number + 1} of {len(tried)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return {"sweep": name, **{key: value for key, value in asdict(sweep).items() if key == "forever"}, "points": total, "tried": len(tried), "broken": broken}
+
+
+def write_recipes(place: Path, base: Path, delta: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} it is."}]} for n in range(4)]
+    (place / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    parts = {"name": "tiny", "base": str(base), "deltas": [{"path": str(delta)}], "evaluate": {"data": "eval.jsonl"}}
+    for name, scheme in (("new", "int8-g32"), ("old", "int4-g32")):
+        recipe = {**parts, "quantize": {"scheme": scheme}, "targets": [{"profile": "here", "limits": LIMITS}]}
+        (place / f"{name}.yaml").write_text(json.dumps(recipe))
+
+
+def recorded_recipe(place: Path, base: Path, delta: Path) -> Path:
+    """A recipe, with what its real evaluation and measurement found in `recorded` beside it: for benchmarks/trust.py."""
+    write_recipes(place, base, delta)
+    bench = Bench.__new__(Bench)
+    bench.place, bench.recorded, bench.shim = place, {}, _NoShim()
+    done = bench.run("new", place / "recording", record=True)
+    assert done.code == 0, done
+    return place / "new.yaml"
+
+
+class _NoShim:
+    def shim_count(self) -> int:
+        return 0
 
 
 def tiny(place: Path) -> tuple[Path, Path]:
