@@ -47,6 +47,7 @@ EIGHT_BITS = (
 CHOICES = tuple(parse_scheme(text) for text in (*FOUR_BITS, *EIGHT_BITS))
 PROBED = parse_scheme("int4-g64-asym-s16")
 DEFAULT = parse_scheme("int4-g32-asym-s16")
+WINDOWS = 8  # of 512 tokens of the calibration text
 SENSITIVITY_VERSION = 2
 ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
@@ -66,7 +67,7 @@ Built = TypeVar("Built", bound=HasDocument)
 
 def sensitivity_step(identity: Mapping[str, Any], method: str, calibration: str, seed: int) -> Step:
     """Rule 1 as a step: its key is made of the merged weights, the method, the calibration text and what is done with it."""
-    params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "method": method, "calibration": calibration}
+    params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "method": method, "windows": WINDOWS, "calibration": calibration}
     tools = versions(["numpy", "torch", "transformers"])
     return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": tools})
 
@@ -84,7 +85,7 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
         from compiler.quantizers.windows import token_windows
 
         question = Question(CHOICES, PROBED, step.params["method"])
-        found = sensitivity(merged, token_windows(rows, merged), question, report, seed)
+        found = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report, seed)
         with store.make(step.key) as work:
             (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
     return found

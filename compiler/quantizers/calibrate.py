@@ -37,6 +37,7 @@ class Block:
 
     linears  fused matrix of the graph -> the torch linears stacked in it, in the order of the graph's rows
     hidden   float32 [batch, length, width] of each batch of windows
+    outputs  what the next block is to see, where a visitor knows it; else the block is run as the visitor leaves it
     """
 
     name: str
@@ -44,6 +45,7 @@ class Block:
     linears: Mapping[str, Sequence[Any]]
     hidden: list[torch.Tensor]
     kwargs: Mapping[str, Any]
+    outputs: list[torch.Tensor] | None = None
 
     def weight(self, matrix: str) -> np.ndarray:
         """float32 [rows, k] of a fused matrix."""
@@ -66,21 +68,23 @@ class Block:
         with torch.inference_mode():
             return [self.module(batch, **self.kwargs) for batch in (self.hidden if hidden is None else hidden)]
 
-    def visit(self, visitor: Callable[[str, int, torch.Tensor], None]) -> None:
-        """Run the block once as it stands; visitor(fused matrix, number of the batch, inputs float32 [tokens, k]) for every matrix and batch."""
+    def visit(self, visitor: Callable[[str, int, torch.Tensor], None]) -> list[torch.Tensor]:
+        """`run`, with visitor(fused matrix, number of the batch, inputs float32 [tokens, k]) for every matrix and batch."""
         import torch
 
         def hook(matrix: str, number: int) -> Callable[..., None]:
             return lambda _module, inputs: visitor(matrix, number, inputs[0].reshape(-1, inputs[0].shape[-1]))
 
+        outputs = []
         for number, batch in enumerate(self.hidden):
             handles = [linears[0].register_forward_pre_hook(hook(matrix, number)) for matrix, linears in self.linears.items()]
             try:
                 with torch.inference_mode():
-                    self.module(batch, **self.kwargs)
+                    outputs.append(self.module(batch, **self.kwargs))
             finally:
                 for handle in handles:
                     handle.remove()
+        return outputs
 
     def moments(self) -> dict[str, np.ndarray]:
         """Fused matrix -> H float32 [k, k], by running the block once as it stands."""
@@ -154,7 +158,7 @@ class BlockStream:
         for index in range(self.block_count):
             block = self.filled(index)
             yield block
-            self.hidden = block.run()
+            self.hidden = block.outputs or block.run()
             self.empty(index)
 
     def filled(self, index: int) -> Block:

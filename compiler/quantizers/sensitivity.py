@@ -11,13 +11,13 @@ n directions). What is added up:
    once a matrix at the probed choice: codes made from the H of some windows, both errors taken with the H of others.
 2. Activations: MatMulNBits rounds its input in blocks of the group size to 8 bits, amax / 127 a step. Rounding errors are independent, so a matrix of outputs
    W x gains sum_k |W[:, k]|^2 E[step_k^2] / 12.
-3. Height: each kind of matrix (qkv, o, gate and up, down, head) takes the probed choice alone, all other matrices as they are, and the KL of that model on windows
-   that no code was made from, divided by the estimate, is the kind's factor; then all kinds at once, for what they do to each other:
+3. Height: each kind of matrix (qkv, o, gate and up, down, head) takes the probed choice alone, all other matrices as they are, and the KL of that model
+   on windows that no code was made from, divided by the estimate, is the kind's factor; then all kinds at once, for what they do to each other:
 
     loss[i, c] = joint * factor[kind of i] * slope[i] * (error[i, c] + activation[i, c])
 
-The model runs block by block (compiler.quantizers.calibrate), all variants of rule 3 beside each other: one block, the hidden states of the windows and one table are
-in memory. Gradients go back the same way, each block run again from the states that entered it.
+The model runs block by block (compiler.quantizers.calibrate), all variants of rule 3 beside each other: one block, the hidden states of the windows and
+one table are in memory. Gradients go back the same way, each block run again from the states that entered it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 HEAD, TABLE = "lm_head", "model.embed_tokens"
 ALL = "all kinds"
-CHECKED = 4  # every fourth batch of windows is kept for checking
+CHECKED = 8  # the last eighth of the batches is kept for checking, one at least
 TOKENS = 128  # positions whose logits are held at a time
 ROWS = 4096  # of a matrix, rounded at a time
 
@@ -134,7 +134,7 @@ class Inputs:
         self.steps: dict[int, np.ndarray] = dict.fromkeys(sizes, np.zeros(0))
 
     def add(self, rows: torch.Tensor, checks: bool) -> None:
-        """rows: float32 [tokens, width]. The first windows are taken for both where there are too few to part."""
+        """rows: float32 [tokens, width]. A single batch is taken for both."""
         if checks:
             self.checked.add(rows)
             for size in self.steps:
@@ -186,7 +186,8 @@ class Measuring:
 
     def _checks(self, number: int) -> bool:
         """Whether a batch of windows is one that no code is made from."""
-        return number % CHECKED == CHECKED - 1 or number == len(self.stream.hidden) - 1 < CHECKED
+        count = len(self.stream.hidden)
+        return number >= count - max(1, count // CHECKED)
 
     def checked(self, batches: Sequence[Any]) -> list[Any]:
         """Those batches."""
@@ -209,7 +210,7 @@ class Measuring:
             self._enter(block)
         self.entered.append(self.checked(block.hidden))
         statistics = {name: Inputs(self._sizes) for name in block.linears}
-        block.visit(lambda name, number, rows: statistics[name].add(rows, self._checks(number)))
+        block.outputs = block.visit(lambda name, number, rows: statistics[name].add(rows, self._checks(number)))
         weights = {name: block.weight(name) for name in block.linears}
         probed = {name: self._matrix(name, weights[name], statistics[name]) for name in block.linears}
         self.variants = {kind: self._through(block, kind, weights, probed) for kind in self.variants}

@@ -136,9 +136,11 @@ def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
 
 
 def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path, monkeypatch):
+    from compiler import auto
     from compiler.quantizers import windows
 
     monkeypatch.setattr(windows.token_windows, "__defaults__", (4, 96))
+    monkeypatch.setattr(auto, "WINDOWS", 2)
     path, out = recipe({"size_mb": 0.8}, scheme="auto"), tmp_path / "out"
     code, stdout, _ = trimtab("plan", path)
     assert code == 0 and "size not known yet" in stdout and "sensitivity" in stdout
