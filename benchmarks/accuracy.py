@@ -1,11 +1,11 @@
 """Accuracy per byte: KL to the fp32 reference at given sizes, ours beside llama.cpp with an importance matrix and OpenVINO, in one run.
 
-    python benchmarks/accuracy.py --model HF_FOLDER --text FILE [--calibration OTHER] [--llama ENVIRONMENT] [--openvino ENVIRONMENT] [--out OUT]
+    python benchmarks/accuracy.py --text FILE [--calibration OTHER] [--model HF_FOLDER --gguf FILE] [--peers llama.cpp openvino] [--out OUT]
 
 Scored as in many papers' tables: windows of 512 tokens, the first half context, the second half scored; mean over tokens of KL(reference || model) in nats.
 Ours are the exported graphs in onnxruntime: uniform schemes, and `scheme: auto` at each size. Peers are quantized here from the same weights, llama.cpp's
-importance matrix from the same calibration text, and run in environments made by benchmarks/peers.py (without them there are no peers). The calibration text is
-another text; without one, the second half of FILE, of which only the first half is scored then.
+importance matrix from the same calibration text, and run in environments made by benchmarks/peers.py. The calibration text is another text; without one, the
+second half of FILE, of which only the first half is scored then. Without --model: SmolLM2-135M moved off its 4-bit lattice (benchmarks/reference.py).
 
 Every system's row is written to OUT.json (rows {system, metric, value, unit, low, high}) when it is measured, and systems that stand there already
 are not measured again (delete the file to start anew). Then OUT.png (size against KL) and, for each size, the best of ours and of the peers of at most
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from compiler import auto
+from compiler.bench.peers import environments, python_of
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder
@@ -45,7 +46,7 @@ from targets.profile import load_profile
 
 SIZES_MB = (77, 92, 105, 112, 136, 145)
 IMATRIX_CHUNKS = 60  # of 512 tokens
-PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+LLAMA_TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 WITHOUT_IMATRIX = ("Q8_0",)  # takes none
 HALF = decoder.WINDOW // 2
 # These run inside the peers' environments: numpy and the peer only.
@@ -190,30 +191,23 @@ class Bench:
         found = json.loads(answer.splitlines()[-1])
         return result(size_mb, np.array(found["kl"]), np.array(found["same"]), len(self.reference.windows))
 
-    def llama(self, environment: Path, full: Path, kind: str) -> dict[str, Any]:
+    def llama(self, python: Path, full: Path, kind: str) -> dict[str, Any]:
         """A type of llama.cpp, quantized here with an importance matrix of the calibration text."""
-        tools, matrix, file = environment / "tools", self.work / "imatrix.gguf", self.work / f"{kind}.gguf"
+        tools, matrix, file = environments() / "llama.cpp" / "tools", self.work / "imatrix.gguf", self.work / f"{kind}.gguf"
         if not matrix.is_file():
             run([tools / "llama-imatrix", "-m", full, "-f", self.calibration, "-o", matrix, "-t", "2", "--chunks", str(IMATRIX_CHUNKS)])
         run([tools / "llama-quantize", *([] if kind in WITHOUT_IMATRIX else ["--imatrix", matrix]), full, file, kind, "2"])
-        found = self.peer(environment / "bin" / "python", LLAMA, file, file.stat().st_size / 1e6)
+        found = self.peer(python, LLAMA, file, file.stat().st_size / 1e6)
         file.unlink()
         return found
 
-    def openvino(self, environment: Path, model: Path, form: str) -> dict[str, Any]:
+    def openvino(self, python: Path, model: Path, form: str) -> dict[str, Any]:
         """A form of optimum-intel's, which takes no calibration: int8, or int4 in groups of 64."""
         out = self.work / f"openvino-{form}"
         groups = ["--group-size", "64", "--ratio", "1.0"] if form == "int4" else []
         words = ["export", "openvino", "--model", model, "--task", "text-generation-with-past", "--weight-format", form, *groups, out]
-        run([environment / "bin" / "python", "-m", "optimum.commands.optimum_cli", *words], HF_HUB_OFFLINE="1")
-        return self.peer(environment / "bin" / "python", OPENVINO, out / "openvino_model.xml", (out / "openvino_model.bin").stat().st_size / 1e6)
-
-
-def full_gguf(llama: Path, model: Path, work: Path) -> Path:
-    """The reference as a float32 GGUF, by llama.cpp's own converter."""
-    full = work / "f32.gguf"
-    run([sys.executable, llama / "convert" / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", full], PYTHONPATH=str(llama / "convert"))
-    return full
+        run([python, "-m", "optimum.commands.optimum_cli", *words], HF_HUB_OFFLINE="1")
+        return self.peer(python, OPENVINO, out / "openvino_model.xml", (out / "openvino_model.bin").stat().st_size / 1e6)
 
 
 def run(command: Sequence[Any], **environment: str) -> str:
@@ -229,14 +223,16 @@ def quiet(*_: Any) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
-    """For each size the best of ours and of the peers that fit, and their ratio (below 1: ours loses less)."""
-    lines = [f"{'at most':>8}  {'ours KL':>9} {'MB':>6}  {'peer KL':>9} {'MB':>6}  ratio"]
+    """For each size the best that fits: `auto`, our uniform schemes, the peers; and ours over the peers' (below 1: ours loses less)."""
+    kinds = {"auto": lambda name: name.startswith("trimtab auto"), "uniform": lambda name: name.startswith("trimtab ") and "auto" not in name}
+    kinds["peers"] = lambda name: not name.startswith("trimtab")
+    lines = [f"{'at most':>8}  " + "  ".join(f"{kind:>8} {'MB':>7}" for kind in kinds) + "  ours / peers"]
     for size in sizes:
         fit = [row for row in rows if row["file_mb"] <= size]
-        best = [min((row for row in fit if row["system"].startswith("trimtab") is own), key=lambda row: row["kl_mean"], default=None) for own in (True, False)]
-        shown = [f"{row['kl_mean']:9.4f} {row['file_mb']:6.1f}" if row else f"{'none':>9} {'':6}" for row in best]
-        ratio = f"{best[0]['kl_mean'] / best[1]['kl_mean']:.2f}" if best[0] and best[1] else ""
-        lines.append(f"{size:8g}  {shown[0]}  {shown[1]}  {ratio}")
+        best = [min((row for row in fit if is_one(row["system"])), key=lambda row: row["kl_mean"], default=None) for is_one in kinds.values()]
+        shown = [f"{row['kl_mean']:8.4f} {row['file_mb']:7.2f}" if row else f"{'none':>8} {'':7}" for row in best]
+        ours = min((row["kl_mean"] for row in best[:2] if row), default=None)
+        lines.append(f"{size:8g}  {'  '.join(shown)}  " + (f"{ours / best[2]['kl_mean']:.2f}" if ours is not None and best[2] else ""))
     lines.append("")
     for row in sorted(rows, key=lambda row: row["file_mb"]):
         spread = f"[{row['low']:.4f}, {row['high']:.4f}]"
@@ -289,18 +285,24 @@ def halves(text: Path, work: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the fp32 reference as a Hugging Face folder")
     parser.add_argument("--text", type=Path, required=True, help="plain text that is scored")
     parser.add_argument("--calibration", type=Path, help="other plain text, for our calibration and llama.cpp's importance matrix")
-    parser.add_argument("--llama", type=Path, help="environment of llama.cpp, made by benchmarks/peers.py")
-    parser.add_argument("--openvino", type=Path, help="environment of OpenVINO, made by benchmarks/peers.py")
-    parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for a tokenizer that llama.cpp's converter does not read")
+    parser.add_argument("--model", type=Path, help="the fp32 reference as a Hugging Face folder")
+    parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for llama.cpp")
+    parser.add_argument("--peers", nargs="*", choices=("llama.cpp", "openvino"), default=("llama.cpp", "openvino"))
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
     arguments = parser.parse_args()
+    if arguments.model is None:
+        arguments.model = environments() / "models" / "smollm2-dithered"
+        arguments.gguf = arguments.model.with_name(f"{arguments.model.name}-f32.gguf")
+        subprocess.run([sys.executable, str(Path(__file__).with_name("reference.py")), "--out", str(arguments.model)], check=True)
+    if "llama.cpp" in arguments.peers and arguments.gguf is None:
+        parser.error("llama.cpp needs --gguf: the weights of --model as a float32 GGUF (its convert_hf_to_gguf.py writes one)")
+    pythons = {peer: python_of(peer) for peer in arguments.peers}
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         work = Path(folder)
         scored, calibration = (arguments.text, arguments.calibration) if arguments.calibration else halves(arguments.text, work)
@@ -310,13 +312,11 @@ def main() -> None:
         bench = Bench(reference, calibration, arguments.method, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
         for size in arguments.sizes:
             bench.add(f"trimtab auto {bench.method} {size:g} MB", lambda size=size: bench.auto(size))
-        if arguments.llama:
-            full = arguments.gguf or full_gguf(arguments.llama, arguments.model, work)
-            for kind in PEERS:
-                name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
-                bench.add(name, lambda kind=kind: bench.llama(arguments.llama, full, kind))
-        for form in ("int8", "int4") if arguments.openvino else ():
-            bench.add(f"OpenVINO {form}", lambda form=form: bench.openvino(arguments.openvino, arguments.model, form))
+        for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
+            name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
+            bench.add(name, lambda kind=kind: bench.llama(pythons["llama.cpp"], arguments.gguf, kind))
+        for form in ("int8", "int4") if "openvino" in pythons else ():
+            bench.add(f"OpenVINO {form}", lambda form=form: bench.openvino(pythons["openvino"], arguments.model, form))
         for scheme in arguments.uniform:
             bench.add(f"trimtab {bench.method} {scheme}", lambda scheme=scheme: bench.uniform(scheme))
     plot(bench.rows, arguments.out.with_suffix(".png"))
