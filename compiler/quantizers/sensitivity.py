@@ -9,12 +9,13 @@ n directions). What is added up:
 
 1. Rounding to nearest, every choice. Under another method the error is that times gain = tr(dW H dW^T) of the method over that of rounding to nearest, measured
    once a matrix at the probed choice: codes made from the H of some windows, both errors taken with the H of others.
-2. Activations: MatMulNBits rounds its input in blocks of the group size to 8 bits, amax / 127 a step. Rounding errors are independent, so a matrix of outputs
-   W x gains sum_k |W[:, k]|^2 E[step_k^2] / 12.
+2. Activations: MatMulNBits rounds its input x in blocks of the group size to 8 bits, amax / 127 a step. With e that rounding's errors, taken as independent,
+   a matrix gains sum_k |W[:, k]|^2 E[e_k^2].
 3. Height: each kind of matrix (qkv, o, gate and up, down, head) takes the probed choice alone, all other matrices as they are, and the KL of that model
-   on windows that no code was made from, divided by the estimate, is the kind's factor; then all kinds at once, for what they do to each other:
+   on windows that no code was made from, divided by the estimate, is the kind's factor; then all kinds at once, for what they do to each other; and all
+   activations alone, rounded in blocks of the probed choice's group:
 
-    loss[i, c] = joint * factor[kind of i] * slope[i] * (error[i, c] + activation[i, c])
+    loss[i, c] = slope[i] * (joint * factor[kind of i] * error[i, c] + rounded * activation[i, c])
 
 The model runs block by block (compiler.quantizers.calibrate), all variants of rule 3 beside each other: one block, the hidden states of the windows and
 one table are in memory. Gradients go back the same way, each block run again from the states that entered it.
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 HEAD, TABLE = "lm_head", "model.embed_tokens"
 ALL = "all kinds"
+ROUNDED = "rounded activations"
 CHECKED = 8  # the last eighth of the batches is kept for checking, one at least
 TOKENS = 128  # positions whose logits are held at a time
 ROWS = 4096  # of a matrix, rounded at a time
@@ -62,7 +64,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """rows: every matrix by every choice. slope: KL per output error of a matrix. factor: measured over estimated KL, by kind; `joint` of all kinds at once.
+    """rows: every matrix by every choice. slope: KL per output error of a matrix. factor: measured over estimated KL, by kind; `joint` of all kinds at once,
+    `rounded` of the activations.
 
     gain  error of the method over that of rounding to nearest, by matrix
     """
@@ -127,37 +130,38 @@ def rounding_error(weight: np.ndarray, scheme: Scheme, moment: np.ndarray | None
 
 
 class Inputs:
-    """What enters one matrix: H of the windows that codes are made from and of those they are checked on, and rounding steps in blocks of each size."""
+    """What enters one matrix: H of the windows that codes are made from and of those they are checked on, and what rounding in blocks of each size does."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.fitted, self.checked = Moment(), Moment()
-        self.steps: dict[int, np.ndarray] = dict.fromkeys(sizes, np.zeros(0))
+        self.squares: dict[int, np.ndarray] = dict.fromkeys(sizes, np.zeros(0))
 
     def add(self, rows: torch.Tensor, checks: bool) -> None:
         """rows: float32 [tokens, width]. A single batch is taken for both."""
+        import torch
+
         if checks:
             self.checked.add(rows)
-            for size in self.steps:
-                found = step_squares(rows, size)
-                self.steps[size] = found if not self.steps[size].size else self.steps[size] + found
+            for size, sums in self.squares.items():
+                found = (in_blocks(rows, size) - rows).square().sum(dim=0, dtype=torch.float64).numpy()
+                self.squares[size] = found if not sums.size else sums + found
         if not checks or not self.fitted.count:
             self.fitted.add(rows)
 
-    def step_squares(self, size: int) -> np.ndarray:
-        """E[step^2] / 12, float64 [width]"""
-        found: np.ndarray = self.steps[size] / self.checked.count
+    def rounding_squares(self, size: int) -> np.ndarray:
+        """Rule 2: E[e_k^2], float64 [width]"""
+        found: np.ndarray = self.squares[size] / self.checked.count
         return found
 
 
-def step_squares(rows: torch.Tensor, size: int) -> np.ndarray:
-    """Rule 2: sum over tokens of step^2 / 12 of each input, float64 [width]; rows float32 [tokens, width]. [[127, 1]] in blocks of 2: 1 / 12 for both."""
+def in_blocks(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Rule 2: float32 [..., width] as MatMulNBits sees it: blocks of `size` along the width, rounded to steps of amax / 127. [[127, 1.4]] -> [[127, 1]]"""
     import torch
 
-    width = rows.shape[1]
-    padded = torch.nn.functional.pad(rows.abs(), (0, -width % size))
-    steps = padded.reshape(len(rows), -1, size).amax(dim=2) / 127
-    found: np.ndarray = steps.square().sum(dim=0, dtype=torch.float64).repeat_interleave(size)[:width].numpy() / 12
-    return found
+    width = rows.shape[-1]
+    blocks = torch.nn.functional.pad(rows, (0, -width % size)).unflatten(-1, (-1, size))
+    steps = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((blocks / steps).round() * steps).flatten(-2)[..., :width]
 
 
 @dataclass
@@ -219,7 +223,7 @@ class Measuring:
         """The kinds of matrices of this model, and what enters the first block under each: rounded rows of the table where that is rounded too."""
         table = HEAD if self.tied else TABLE
         rounded_table = self.checked(self.stream.enter(lambda rows: rounded(rows, self.question.probed))[0])
-        for kind in (*map(kind_of, block.linears), HEAD, ALL, *(() if self.tied else (TABLE,))):
+        for kind in (*map(kind_of, block.linears), HEAD, ALL, ROUNDED, *(() if self.tied else (TABLE,))):
             self.variants[kind] = rounded_table if kind in (table, ALL) else self.checked(block.hidden)
 
     def _through(self, block: Block, kind: str, weights: Mapping[str, np.ndarray], probed: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
@@ -227,10 +231,17 @@ class Measuring:
         changed = [name for name in weights if kind in (ALL, kind_of(name))]
         for name in changed:
             block.replace(name, probed[name])
+        handles = [linear.register_forward_pre_hook(self._round) for linears in block.linears.values() for linear in linears] if kind == ROUNDED else []
         after = block.run(self.variants[kind])
+        for handle in handles:
+            handle.remove()
         for name in changed:
             block.replace(name, weights[name])
         return after
+
+    def _round(self, _module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A forward pre-hook: inputs as the kernel of the probed choice sees them."""
+        return (in_blocks(inputs[0], self.question.probed.group_size or 1), *inputs[1:])
 
     def _matrix(self, name: str, weight: np.ndarray, inputs: Inputs) -> np.ndarray:
         """Rules 1 and 2 of one matrix; what it is at the probed choice, float32 [rows, width]."""
@@ -242,7 +253,7 @@ class Measuring:
         both, columns = (checked + fitted) / 2, np.einsum("ij,ij->j", weight, weight, dtype=np.float64)
         for choice in question.choices:
             self.errors[name, str(choice)] = (self.gain[name] if choice.quantized else 1.0) * rounding_error(weight, choice, both)
-            self.activations[name, str(choice)] = float(columns @ inputs.step_squares(choice.group_size)) if choice.group_size else 0.0
+            self.activations[name, str(choice)] = float(columns @ inputs.rounding_squares(choice.group_size)) if choice.group_size else 0.0
         return probed
 
     @cached_property
@@ -267,7 +278,10 @@ class Measuring:
         measured = {}
         for kind, hidden in self.variants.items():
             head = probed if kind in (HEAD, ALL) else weight
-            sums = [_divergence(logits, left, weight, right, head) for left, right in zip(reference, self.stream.head_inputs(hidden), strict=True)]
+            states = self.stream.head_inputs(hidden)
+            if kind == ROUNDED:
+                states = [in_blocks(batch, self.question.probed.group_size or 1) for batch in states]
+            sums = [_divergence(logits, left, weight, right, head) for left, right in zip(reference, states, strict=True)]
             measured[kind] = sum(sums) / self._tokens
         return measured, self.stream.back_through_norm(self.checked(self.stream.hidden), gradients)
 
@@ -317,14 +331,15 @@ class Measuring:
         probed = str(self.question.probed)
         slope = {name: total / self._tokens / 2 for name, total in self.squares.items()} | ({} if self.tied else {TABLE: 1.0})
         factor = {}
-        for kind in measured.keys() - {ALL}:
+        for kind in sorted(measured.keys() - {ALL, ROUNDED}):
             factor[kind] = measured[kind] / max(sum(slope[name] * self.errors[name, probed] for name in slope if kind_of(name) == kind), 1e-30)
         alone = sum(factor[kind_of(name)] * slope[name] * self.errors[name, probed] for name in slope)
-        factor = {kind: factor[kind] for kind in sorted(factor)} | {"joint": measured[ALL] / max(alone, 1e-30)}
+        factor["joint"] = measured[ALL] / max(alone, 1e-30)
+        factor["rounded"] = measured[ROUNDED] / max(sum(slope[name] * self.activations[name, probed] for name in slope), 1e-30)
         rows = []
         for (name, scheme), error in self.errors.items():
             activation = self.activations[name, scheme]
-            loss = factor["joint"] * factor[kind_of(name)] * slope[name] * (error + activation)
+            loss = slope[name] * (factor["joint"] * factor[kind_of(name)] * error + factor["rounded"] * activation)
             rows.append(Row(name, scheme, error, activation, loss))
         return Sensitivity(tuple(rows), slope, factor, self.gain)
 
