@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,10 +81,10 @@ def smoothed(checkpoint: Checkpoint, scales: Mapping[str, np.ndarray]) -> Checkp
 
 def changes_of(checkpoint: Checkpoint, scales: Mapping[str, np.ndarray]) -> dict[str, Change]:
     """Tensor name -> what becomes of it."""
-    spec, changes = decoder_spec(checkpoint.config), {}
+    spec, changes = decoder_spec(checkpoint.config), dict[str, Change]()
     for name, view in checkpoint.tensors.items():
         matrix = matrix_name(name, checkpoint.config)
-        if matrix in scales and len(view.shape) == 2:
+        if matrix is not None and matrix in scales and len(view.shape) == 2:
             changes[name] = Change(columns=scales[matrix])
     for matrix, scale in scales.items():
         for name, divisor, offset in makers(spec, matrix, scale):
@@ -115,7 +115,7 @@ def smoothing(checkpoint: Checkpoint, windows: np.ndarray, schemes: Schemes, met
 
     windows  int64 [count, length] of calibration text. Raises as BlockStream does.
     """
-    spec, stream, found = decoder_spec(checkpoint.config), BlockStream(checkpoint, windows), {}
+    spec, stream, found = decoder_spec(checkpoint.config), BlockStream(checkpoint, windows), dict[str, np.ndarray]()
     for number, block in enumerate(stream.blocks()):
         found |= _of_block(block, spec, schemes, method)
         report("blocks smoothed", number + 1, stream.block_count)
@@ -126,7 +126,7 @@ def _of_block(block: Block, spec: DecoderSpec, schemes: Schemes, method: str) ->
     names = [
         name for name in block.linears if schemes.of(name).kernel == "nbits" and makers(spec, name, np.ones(block.linears[name][0].in_features, np.float32))
     ]
-    moments, samples = {name: Moment() for name in names}, {}
+    moments, samples = {name: Moment() for name in names}, dict[str, Any]()
 
     def visit(name: str, number: int, rows: torch.Tensor) -> None:
         if name in moments:
