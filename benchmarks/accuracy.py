@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from compiler.evaluation import decoder
 from compiler.evaluation.data import load_rows
 from compiler.evaluation.run import ChatFormat
 from compiler.evaluation.statistics import cluster_interval
-from compiler.quantizers.windows import calibration_set
+from compiler.quantizers.smooth import smoothed, smoothing
+from compiler.quantizers.windows import calibration_set, token_windows
 from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages import export as export_stage
+from compiler.stages import smooth as smooth_stage
 from compiler.stages.quantize import quantize_matrices, resolve_method
 from compiler.store import Store
 from runtimes.metrics import log_softmax
@@ -125,11 +128,12 @@ def result(size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> di
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share. rows: what OUT.json holds, filled as systems are measured."""
+    """What all measurements share. rows: what OUT.json holds, filled as systems are measured. smooth: whether ours fold loud inputs into weights first."""
 
     reference: Reference
     calibration: Path
     method: str
+    smooth: bool
     work: Path
     out: Path
     rows: list[dict[str, Any]]
@@ -149,12 +153,25 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.with_suffix(".json").write_text(json.dumps(flat, indent=1) + "\n")
 
+    def checkpoint(self, schemes: Schemes) -> Checkpoint:
+        """What is rounded: the model, smoothed where that is asked for, as `quantize.smooth` does."""
+        checkpoint = self.reference.checkpoint
+        if not self.smooth:
+            return checkpoint
+        windows = token_windows(calibration_set(self.calibration), checkpoint, smooth_stage.WINDOWS)
+        return smoothed(checkpoint, smoothing(checkpoint, windows, schemes, self.method, quiet))
+
     def uniform(self, scheme: str) -> dict[str, Any]:
-        return self.ours(Schemes(parse_scheme(scheme)))
+        schemes = Schemes(parse_scheme(scheme))
+        return self.ours(self.checkpoint(schemes), schemes)
+
+    @cached_property
+    def under_auto(self) -> Checkpoint:
+        return self.checkpoint(Schemes(parse_scheme(smooth_stage.UNDER_AUTO)))
 
     def auto(self, size_mb: float) -> dict[str, Any]:
         """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer."""
-        checkpoint, rows = self.reference.checkpoint, calibration_set(self.calibration)
+        checkpoint, rows = self.under_auto, calibration_set(self.calibration)
         step = auto.sensitivity_step({"base": checkpoint.digest}, self.method, rows.digest, 0)
         started = time.perf_counter()
         found = auto.measured_sensitivity(checkpoint, step, rows, Store.default(), quiet, 0)
@@ -162,11 +179,11 @@ class Bench:
         assets = sum(len(content) for content in checkpoint.assets.values()) / 1e6
         chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": size_mb + assets}).choose()
         print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
-        return self.ours(chosen.schemes)
+        return self.ours(checkpoint, chosen.schemes)
 
-    def ours(self, schemes: Schemes) -> dict[str, Any]:
+    def ours(self, checkpoint: Checkpoint, schemes: Schemes) -> dict[str, Any]:
         """Quantize, export, and score the exported graph."""
-        checkpoint, text = self.reference.checkpoint, calibration_set(self.calibration)
+        text = calibration_set(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             codes, out = Path(folder) / "codes", Path(folder) / "out"
             codes.mkdir()
@@ -293,6 +310,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=("llama.cpp", "openvino"), default=("llama.cpp", "openvino"))
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--method", default="gptq")
+    parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True, help="fold loud inputs into weights first")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
@@ -310,16 +328,17 @@ def main() -> None:
         if scored.read_bytes() == calibration.read_bytes():
             parser.error("scored and calibration text are the same")
         reference = make_reference(open_checkpoint(str(arguments.model)), scored, arguments.windows, work)
-        bench = Bench(reference, calibration, arguments.method, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        bench = Bench(reference, calibration, arguments.method, arguments.smooth, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        how = f"{bench.method}{', smooth' if bench.smooth else ''}"
         for size in arguments.sizes:
-            bench.add(f"trimtab auto {bench.method} {size:g} MB", lambda size=size: bench.auto(size))
+            bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))
         for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
             name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
             bench.add(name, lambda kind=kind: bench.llama(pythons["llama.cpp"], arguments.gguf, kind))
         for form in ("int8", "int4") if "openvino" in pythons else ():
             bench.add(f"OpenVINO {form}", lambda form=form: bench.openvino(pythons["openvino"], arguments.model, form))
         for scheme in arguments.uniform:
-            bench.add(f"trimtab {bench.method} {scheme}", lambda scheme=scheme: bench.uniform(scheme))
+            bench.add(f"trimtab {how} {scheme}", lambda scheme=scheme: bench.uniform(scheme))
     plot(bench.rows, arguments.out.with_suffix(".png"))
     print(table(bench.rows, SIZES_MB))
 

@@ -120,12 +120,14 @@ class CombineItem(Part):
 class Quantize(Part):
     """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}.
 
-    calibration: builtin, or a file of text or JSONL (chats or texts); only methods that look at activations read it.
+    calibration: builtin, or a file of text or JSONL (chats or texts); only methods that look at activations, smoothing and auto read it.
+    smooth: fold loud inputs of a decoder's matrices into their weights first.
     """
 
     scheme: str = "int4-g64"
     method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
     calibration: str = "builtin"
+    smooth: bool = False
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property

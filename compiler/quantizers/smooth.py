@@ -26,7 +26,7 @@ Sources: SmoothQuant (arXiv 2211.10438) for the folding and b > 0, AWQ (arXiv 23
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ import numpy as np
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.graph.spec import DecoderSpec, decoder_spec
 from compiler.quantizers.calibrate import Block, BlockStream, Moment
-from compiler.quantizers.sensitivity import in_blocks, rounding_error
+from compiler.quantizers.moments import output_error
+from compiler.quantizers.sensitivity import in_blocks, rounded
 from compiler.scheme import Scheme, Schemes, matrix_name
 from compiler.store import cache_key
 
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (0.75, 0.25))
 GAIN = {"rtn": 1.0, "search": 0.8, "imatrix": 0.6, "gptq": 0.4}  # what a method leaves of the error of rounding to nearest, about
-ROWS = 512  # of a matrix, to choose by
-TOKENS = 512  # inputs, to choose by
+ROWS = 256  # of a matrix, to choose by
+TOKENS = 256  # inputs, to choose by
 REACH = 1e3  # s stays within 1 / REACH and REACH
 
 
@@ -58,37 +59,37 @@ class Change:
     columns: np.ndarray | None = None
     offset: float = 0.0
 
-    def view(self, view: TensorView) -> TensorView:
-        def rows(start: int, stop: int) -> np.ndarray:
-            block = view.rows(start, stop)
-            if self.columns is not None:
-                block = block * self.columns
-            if self.rows is not None:
-                divisor = self.rows[start:stop].reshape(-1, *[1] * (block.ndim - 1))
-                block = (block + np.float32(self.offset)) / divisor - np.float32(self.offset)
-            return block
+    def of(self, block: np.ndarray, start: int = 0) -> np.ndarray:
+        """Rows of the tensor from `start` on, changed; float32, a new array."""
+        if self.columns is not None:
+            block = block * self.columns
+        if self.rows is not None:
+            divisor = self.rows[start : start + len(block)].reshape(-1, *[1] * (block.ndim - 1))
+            block = (block + np.float32(self.offset)) / divisor - np.float32(self.offset)
+        return block
 
-        return replace(view, dtype="F32", rows=rows)
+    def view(self, view: TensorView) -> TensorView:
+        return replace(view, dtype="F32", rows=lambda start, stop: self.of(view.rows(start, stop), start))
 
 
 def smoothed(checkpoint: Checkpoint, scales: Mapping[str, np.ndarray]) -> Checkpoint:
     """The same function with other weights; lazy. scales: fused matrix -> s float32 [k], as `smoothing` gives them."""
-    changes = changes_of(checkpoint, scales)
+    changes = changes_of(checkpoint.tensors, checkpoint.config, scales)
     tensors = {name: changes[name].view(view) if name in changes else view for name, view in checkpoint.tensors.items()}
     digest = cache_key({name: hashlib.sha256(scales[name].tobytes()).hexdigest() for name in sorted(scales)})
     return replace(checkpoint, tensors=tensors, digest_of=lambda: cache_key({"base": checkpoint.digest, "smooth": digest}))
 
 
-def changes_of(checkpoint: Checkpoint, scales: Mapping[str, np.ndarray]) -> dict[str, Change]:
-    """Tensor name -> what becomes of it."""
-    spec, changes = decoder_spec(checkpoint.config), dict[str, Change]()
-    for name, view in checkpoint.tensors.items():
-        matrix = matrix_name(name, checkpoint.config)
-        if matrix is not None and matrix in scales and len(view.shape) == 2:
+def changes_of(names: Iterable[str], config: Mapping[str, Any], scales: Mapping[str, np.ndarray]) -> dict[str, Change]:
+    """Tensor name -> what becomes of it, for those of `names` that change."""
+    spec, known, changes = decoder_spec(config), set(names), dict[str, Change]()
+    for name in known:
+        matrix = matrix_name(name, config)
+        if matrix is not None and matrix in scales:
             changes[name] = Change(columns=scales[matrix])
     for matrix, scale in scales.items():
         for name, divisor, offset in makers(spec, matrix, scale):
-            if name in checkpoint.tensors:
+            if name in known:
                 changes[name] = replace(changes.get(name, Change()), rows=divisor, offset=offset)
     return changes
 
@@ -178,6 +179,6 @@ class Choice:
         import torch
 
         weight, divided = self.weight * scale, self.inputs / torch.from_numpy(scale)
-        rounding = rounding_error(weight, self.scheme, self.moment / np.outer(scale, scale))
+        rounding = output_error((rounded(weight, self.scheme) - weight) / scale, self.moment)
         squares = (in_blocks(divided, self.scheme.group_size or 1) - divided).square().mean(dim=0, dtype=torch.float64).numpy()
         return self.gain * rounding + float(np.square(weight, dtype=np.float64).sum(axis=0) @ squares)

@@ -72,7 +72,7 @@ def test_the_float_model_stays_the_same_function(checkpoint):
 
 def test_rows_are_read_in_blocks_as_whole(checkpoint):
     changed = smoothed(checkpoint, any_scales(checkpoint))
-    for name in changes_of(checkpoint, any_scales(checkpoint)):
+    for name in changes_of(checkpoint.tensors, checkpoint.config, any_scales(checkpoint)):
         view = changed.tensors[name]
         whole = view.read()
         np.testing.assert_array_equal(np.concatenate([view.rows(at, at + 1) for at in range(view.row_count)]).reshape(whole.shape), whole)
