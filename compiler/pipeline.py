@@ -28,7 +28,8 @@ from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
 from compiler.stages import export as export_stage
 from compiler.stages import package
-from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrices, resolve_method
+from compiler.stages.keep import AS_IS, codes_for, rounded_again, schemes_for
+from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
@@ -40,14 +41,17 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
     return load_profile(str(file) if file.suffix in (".yaml", ".yml") and file.is_file() else item.profile)
 
 
+def _data_file(recipe: Recipe) -> Path | None:
+    return recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
+
+
 def _recipe_data(recipe: Recipe) -> EvaluationSet:
-    path = recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
-    return load_rows(path, recipe.evaluate.limit_rows)
+    return load_rows(_data_file(recipe), recipe.evaluate.limit_rows)
 
 
 def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
-    schemes = schemes or recipe.quantize.schemes
+    schemes = schemes or _schemes(recipe, sources)
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
@@ -59,6 +63,13 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
     return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
 
 
+def _schemes(recipe: Recipe, sources: Sources) -> Schemes:
+    """As the recipe's words have them for these weights. Raises RecipeError."""
+    if recipe.quantize.scheme == AS_IS and recipe.quantize.method != "rtn":
+        raise RecipeError("quantize.method", expected="none beside as-is, which keeps codes", found=recipe.quantize.method, remedy="remove it")
+    return schemes_for(recipe.quantize.scheme, recipe.quantize.fixed, sources.merged)
+
+
 def _calibration(recipe: Recipe) -> EvaluationSet | None:
     """The text that a calibrated method runs through the model; None where no method asks for any."""
     from compiler.quantizers.methods import METHODS
@@ -67,9 +78,11 @@ def _calibration(recipe: Recipe) -> EvaluationSet | None:
 
 
 def _calibration_text(recipe: Recipe) -> EvaluationSet:
-    from compiler.quantizers.windows import calibration_set
+    from compiler.quantizers.windows import calibration_set, unscored_rows
 
     named = recipe.quantize.calibration
+    if named == "recipe":
+        return unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[0]
     return calibration_set(None if named == "builtin" else recipe.folder / named)
 
 
@@ -89,7 +102,7 @@ def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: Tar
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
-    schemes = chosen.schemes if chosen else recipe.quantize.schemes
+    schemes = chosen.schemes if chosen else _schemes(recipe, sources)
     plan = _plan(recipe, sources, data, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
@@ -149,6 +162,7 @@ class Run:
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
         plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
+        notes = self._notes(plan)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
         codes, quantized = self._quantize(plan, self.sources)
         exported, export_record = self._export(plan, self.sources, codes)
@@ -159,6 +173,7 @@ class Run:
         with package.staging(place) as work:
             package.assemble(exported, work)
             facts = self._facts(profile, item.limits, summary["model"], records)
+            facts["lineage"]["notes"] = [*facts["lineage"]["notes"], *notes]
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
@@ -171,6 +186,20 @@ class Run:
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             document["adapters"] = self._cost(item, profile, work, summary["model"])
             return _finish(work, place, document, facts, verdict)
+
+    def _notes(self, plan: Plan) -> list[str]:
+        """What the user should know about weights that came quantized, and about the calibration; said now, and in the manifest."""
+        from compiler.quantizers.windows import unscored_rows
+
+        params, recipe = plan.step("export").params, self.recipe
+        if params["road"] != export_stage.DECODER:
+            return []
+        notes = rounded_again(self.sources.merged, export_stage.schemes_in(params), lambda _: recipe.quantize.method)
+        if recipe.quantize.calibration == "recipe" and (recipe.quantize.auto or _calibration(recipe) is not None):
+            notes += filter(None, [unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[1]])
+        for note in notes:
+            self.progress.note(f"note: {note}")
+        return notes
 
     def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
@@ -220,7 +249,9 @@ class Run:
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
-                files = Exported(exported, codes_in(codes) if codes else None)
+                params = plan.step("export").params
+                decodes = params["road"] == export_stage.DECODER
+                files = Exported(exported, codes_for(self.sources.merged, export_stage.schemes_in(params), codes) if decodes else None)
                 base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
