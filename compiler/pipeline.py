@@ -30,6 +30,7 @@ from compiler.stages import export as export_stage
 from compiler.stages import package
 from compiler.stages.keep import AS_IS, codes_for, rounded_again, schemes_for
 from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
+from compiler.stages.tune import resolve_tuning, tune_scales
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from targets.profile import Profile, load_profile
@@ -55,18 +56,21 @@ def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetI
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
     evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
-    quantize = None
+    codes = {}
     if options["road"] == export_stage.DECODER:
-        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
-    elif recipe.quantize.method != "rtn":
-        raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
+        codes["quantize"] = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
+        codes["tune"] = resolve_tuning(sources.merged, schemes, _calibration_text(recipe), recipe.seed) if recipe.quantize.tune else None
+    elif recipe.quantize.method != "rtn" or recipe.quantize.tune:
+        found = "tune" if recipe.quantize.tune else recipe.quantize.method
+        raise RecipeError("quantize.method", expected="rtn for an encoder", found=found, remedy="remove it: encoders round to nearest")
+    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, {stage: step for stage, step in codes.items() if step})
 
 
 def _schemes(recipe: Recipe, sources: Sources) -> Schemes:
     """As the recipe's words have them for these weights. Raises RecipeError."""
-    if recipe.quantize.scheme == AS_IS and recipe.quantize.method != "rtn":
-        raise RecipeError("quantize.method", expected="none beside as-is, which keeps codes", found=recipe.quantize.method, remedy="remove it")
+    method = "tune" if recipe.quantize.tune else recipe.quantize.method
+    if recipe.quantize.scheme == AS_IS and method != "rtn":
+        raise RecipeError("quantize.method", expected="none beside as-is, which keeps codes and scales", found=method, remedy="remove it")
     return schemes_for(recipe.quantize.scheme, recipe.quantize.fixed, sources.merged)
 
 
@@ -164,7 +168,7 @@ class Run:
         plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
         notes = self._notes(plan)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        codes, quantized = self._quantize(plan, self.sources)
+        codes, quantized = self._codes(plan, self.sources)
         exported, export_record = self._export(plan, self.sources, codes)
         evaluation, evaluate_record = self._evaluate(plan, exported, codes)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
@@ -195,7 +199,7 @@ class Run:
         if params["road"] != export_stage.DECODER:
             return []
         notes = rounded_again(self.sources.merged, export_stage.schemes_in(params), lambda _: recipe.quantize.method)
-        if recipe.quantize.calibration == "recipe" and (recipe.quantize.auto or _calibration(recipe) is not None):
+        if recipe.quantize.calibration == "recipe" and (recipe.quantize.auto or recipe.quantize.tune or _calibration(recipe) is not None):
             notes += filter(None, [unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[1]])
         for note in notes:
             self.progress.note(f"note: {note}")
@@ -208,27 +212,38 @@ class Run:
             return []
         twin = self.sources.attached[name]
         plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
-        exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
+        exported, _ = self._export(plan, twin, self._codes(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
             package.write_manifest(merged, {"name": name, "model": json.loads((exported / export_stage.SUMMARY).read_text())["model"]})
             return attached.cost_rows(work, merged, name, judge.threads(profile), self.progress.update)
 
-    def _quantize(self, plan: Plan, sources: Sources) -> tuple[Path | None, list[Record]]:
-        """Codes of quantizers that look at more than a row block; nothing where the export rounds to nearest as it streams."""
-        step, watch = next((step for step in plan.steps if step.stage == "quantize"), None), Stopwatch()
-        if step is None:
-            return None, []
+    def _codes(self, plan: Plan, sources: Sources) -> tuple[Path | None, list[Record]]:
+        """Codes of quantizers that look at more than a row block, with tuned scales if asked; nothing where the export rounds to nearest as it streams."""
         rest = [self.store.get(plan.step(stage).key) for stage in ("export", "evaluate")]
-        cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
-        how = ", ".join(sorted(set(step.params["methods"].values())))
-        with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
-            if cached is None:
-                with self.store.make(step.key) as work:
-                    quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
-        read = [sources.merged.digest]
-        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
-        return self.store.place(step.key), [record]
+        made: Path | None = None
+        records: list[Record] = []
+        for step in (step for step in plan.steps if step.stage in ("quantize", "tune")):
+            watch = Stopwatch()
+            cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
+            how = step.params["methods"].values() if step.stage == "quantize" else ["scales against the float model"]
+            with self.progress.stage(step.stage, f"{step.params['scheme']}, {', '.join(sorted(set(how)))}" + (" (cached)" if cached else "")):
+                if cached is None:
+                    with self.store.make(step.key) as work:
+                        self._make_codes(step, sources, made, work)
+            made = self.store.place(step.key)
+            read = [sources.merged.digest]
+            records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb()))
+        return made, records
+
+    def _make_codes(self, step: Step, sources: Sources, before: Path | None, work: Path) -> None:
+        """Fill `work` with the codes of one step. before: what the step ahead of it made."""
+        if step.stage == "quantize":
+            quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
+        else:
+            codes_of = codes_for(sources.merged, export_stage.schemes_in(step.params), before)
+            tuned = tune_scales(sources.merged, step.params, codes_of, _calibration_text(self.recipe), work, self.progress.update)
+            self.progress.note(f"tune       KL on calibration windows held out: {tuned.before:.4f}, tuned {tuned.after:.4f}")
 
     def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
