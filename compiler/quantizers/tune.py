@@ -30,8 +30,8 @@ from compiler.quantizers.calibrate import BlockStream
 from compiler.reference import match_tensors, skeleton
 from compiler.scheme import matrix_name
 
-RATE = 1e-3
-PASSES = 3
+RATE = 2e-3
+PASSES = 2
 HELD = 8  # one window of so many is held out
 WARM = 4  # steps
 CHUNK = 256  # tokens whose logits are held at a time, a few times over: 256 x 49,152 x 4 B = 50 MB

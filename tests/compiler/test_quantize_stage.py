@@ -97,10 +97,17 @@ def test_the_recipe_s_own_rows_calibrate(tiny_llama, trimtab, tmp_path):
     code, _, err = trimtab("compile", recipe, "--out", tmp_path / "out")
     assert code == 0 and "flatters" not in err, err
     recipe.write_text(f"{text}evaluate: {{data: rows.jsonl}}\n")
-    code, _, err = trimtab("compile", recipe, "--out", tmp_path / "out2")
-    assert code == 0 and "flatters the scores" in err
-    (note,) = json.loads((tmp_path / "out2" / "tiny-here" / "manifest.json").read_text())["lineage"]["notes"]
+    code, _, err = trimtab("compile", recipe, "--out", tmp_path / "out2", "--set", "quantize.tune=scales")
+    assert code == 0 and "flatters the scores" in err and "KL on calibration windows held out" in err
+    manifest = json.loads((tmp_path / "out2" / "tiny-here" / "manifest.json").read_text())
+    (note,) = manifest["lineage"]["notes"]
     assert "flatters the scores" in note
+    keys = {record["stage"]: record["key"] for record in manifest["records"]}
+    made, tuned = (codes_in(tmp_path / "store" / "entries" / keys[stage])("model.layers.1.mlp.down_proj") for stage in ("quantize", "tune"))
+    graph = ir.load(tmp_path / "out2" / "tiny-here" / "model.onnx").graph
+    stored = {part: graph.initializers[f"model.layers.1.mlp.down_proj.{part}"].const_value.numpy() for part in ("codes", "scales")}
+    assert np.array_equal(made.codes, tuned.codes) and np.array_equal(tuned.codes, stored["codes"])
+    assert np.array_equal(tuned.scales, stored["scales"]) and not np.array_equal(made.scales, tuned.scales)
     recipe.write_text(text)
     code, _, err = trimtab("plan", recipe)
     assert code == 2 and "evaluate.data to calibrate on" in err
