@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from compiler.cli_bench import bench_command
+from compiler.cli_compare import compare_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -325,5 +326,6 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
 
 
 cli.add_command(bench_command)
+cli.add_command(compare_command)
 cli.add_command(delta_group)
 cli.add_command(targets_group)

@@ -15,25 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from compiler import attached, auto, judge
+from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
-from compiler.evaluation.data import EvaluationSet, load_rows
+from compiler.evaluation.suite import Suite, recipe_suite
+from compiler.evaluation.tables import robustness, side_effects
 from compiler.foresight import foresee
+from compiler.history import family_key, point_of, position, remember
 from compiler.judge import Outcome
 from compiler.plan import Plan, Step, make_plan
 from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
-from compiler.record import Record, Stopwatch, peak_rss_mb, versions
+from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
+from compiler.stages import codes, package
 from compiler.stages import export as export_stage
-from compiler.stages import package
-from compiler.stages.keep import AS_IS, codes_for, rounded_again, schemes_for
-from compiler.stages.quantize import predicted_bytes, quantize_matrices, resolve_method
-from compiler.stages.tune import resolve_tuning, tune_scales
+from compiler.stages.keep import codes_for
+from compiler.stages.quantize import predicted_bytes
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
-from targets.profile import Profile, load_profile
+from runtimes.bundle import REPORTS
+from targets.profile import Profile, fingerprint, load_profile
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -42,61 +45,23 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
     return load_profile(str(file) if file.suffix in (".yaml", ".yml") and file.is_file() else item.profile)
 
 
-def _data_file(recipe: Recipe) -> Path | None:
-    return recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
-
-
-def _recipe_data(recipe: Recipe) -> EvaluationSet:
-    return load_rows(_data_file(recipe), recipe.evaluate.limit_rows)
-
-
-def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
+def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
-    schemes = schemes or _schemes(recipe, sources)
+    schemes = schemes or codes.schemes_of(recipe, sources.merged)
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
-    evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
-    codes = {}
-    if options["road"] == export_stage.DECODER:
-        codes["quantize"] = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
-        codes["tune"] = resolve_tuning(sources.merged, schemes, _calibration_text(recipe), recipe.seed) if recipe.quantize.tune else None
-    elif recipe.quantize.method != "rtn" or recipe.quantize.tune:
-        found = "tune" if recipe.quantize.tune else recipe.quantize.method
-        raise RecipeError("quantize.method", expected="rtn for an encoder", found=found, remedy="remove it: encoders round to nearest")
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, {stage: step for stage, step in codes.items() if step})
-
-
-def _schemes(recipe: Recipe, sources: Sources) -> Schemes:
-    """As the recipe's words have them for these weights. Raises RecipeError."""
-    method = "tune" if recipe.quantize.tune else recipe.quantize.method
-    if recipe.quantize.scheme == AS_IS and method != "rtn":
-        raise RecipeError("quantize.method", expected="none beside as-is, which keeps codes and scales", found=method, remedy="remove it")
-    return schemes_for(recipe.quantize.scheme, recipe.quantize.fixed, sources.merged)
-
-
-def _calibration(recipe: Recipe) -> EvaluationSet | None:
-    """The text that a calibrated method runs through the model; None where no method asks for any."""
-    from compiler.quantizers.methods import METHODS
-
-    return _calibration_text(recipe) if METHODS[recipe.quantize.method].calibrated else None
-
-
-def _calibration_text(recipe: Recipe) -> EvaluationSet:
-    from compiler.quantizers.windows import calibration_set, unscored_rows
-
-    named = recipe.quantize.calibration
-    if named == "recipe":
-        return unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[0]
-    return calibration_set(None if named == "builtin" else recipe.folder / named)
+    evaluate = {**suite.parts, "seed": recipe.seed}
+    steps = codes.code_steps(recipe, sources.merged, schemes, options["road"])
+    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, steps)
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    return [_foreseen(recipe, sources, data, target, store) for target in recipe.targets]
+    sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    return [_foreseen(recipe, sources, suite, target, store) for target in recipe.targets]
 
 
-def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, store: Store) -> dict[str, Any]:
+def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, store: Store) -> dict[str, Any]:
     profile, chosen = _profile(recipe, target), None
     if recipe.quantize.auto:
         step = _sensitivity_step(recipe, sources)
@@ -106,8 +71,8 @@ def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: Tar
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
-    schemes = chosen.schemes if chosen else _schemes(recipe, sources)
-    plan = _plan(recipe, sources, data, target, schemes)
+    schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
+    plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
@@ -119,7 +84,7 @@ def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
-    return auto.sensitivity_step(sources.identity, _calibration_text(recipe).digest, recipe.seed)
+    return auto.sensitivity_step(sources.identity, codes.calibration_text(recipe).digest, recipe.seed)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -130,8 +95,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    run = Run(recipe, sources, data, store, progress, max_seconds)
+        sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
@@ -141,7 +106,7 @@ class Run:
 
     recipe: Recipe
     sources: Sources
-    data: EvaluationSet
+    suite: Suite
     store: Store
     progress: Progress
     max_seconds: float = 0.0  # cap on measuring one target; 0 for none
@@ -152,7 +117,9 @@ class Run:
         step = _sensitivity_step(self.recipe, self.sources)
         cached = self.store.get(step.key) is not None
         with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
-            found = auto.measured_sensitivity(self.sources.merged, step, _calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed)
+            found = auto.measured_sensitivity(
+                self.sources.merged, step, codes.calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed
+            )
         chooser = auto.Chooser(self.sources.merged, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:
@@ -165,45 +132,44 @@ class Run:
 
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
-        plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
-        notes = self._notes(plan)
+        plan = _plan(self.recipe, self.sources, self.suite, item, self.chosen.schemes if self.chosen else None)
+        notes = codes.notes(self.recipe, self.sources.merged, plan.step("export").params)
+        for note in notes:
+            self.progress.note(f"note: {note}")
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        codes, quantized = self._codes(plan, self.sources)
-        exported, export_record = self._export(plan, self.sources, codes)
-        evaluation, evaluate_record = self._evaluate(plan, exported, codes)
+        made, quantized = self._codes(plan, self.sources)
+        exported, export_record = self._export(plan, self.sources, made)
+        evaluation, evaluate_record = self._evaluate(plan, exported, made)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
         records = [merged, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
-            facts = self._facts(profile, item.limits, summary["model"], records)
+            facts = self._facts(profile, item, summary["model"], records)
             facts["lineage"]["notes"] = [*facts["lineage"]["notes"], *notes]
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
                 watch = Stopwatch()
-                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds)
+                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds, item.scenarios)
                 measured, series = judge.measure(work, asked, judge.Evaluated.of(evaluation), profile, self.progress)
-            records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
+            records.append(Record("measure", "", [], [], {"conditions": dict(measured.conditions)}, **watch.account))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
+            document["target"] |= judge.emulation(measured)
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             document["adapters"] = self._cost(item, profile, work, summary["model"])
+            document |= self._standing(plan, document, verdict)
             return _finish(work, place, document, facts, verdict)
 
-    def _notes(self, plan: Plan) -> list[str]:
-        """What the user should know about weights that came quantized, and about the calibration; said now, and in the manifest."""
-        from compiler.quantizers.windows import unscored_rows
-
-        params, recipe = plan.step("export").params, self.recipe
-        if params["road"] != export_stage.DECODER:
-            return []
-        notes = rounded_again(self.sources.merged, export_stage.schemes_in(params), lambda _: recipe.quantize.method)
-        if recipe.quantize.calibration == "recipe" and (recipe.quantize.auto or recipe.quantize.tune or _calibration(recipe) is not None):
-            notes += filter(None, [unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[1]])
-        for note in notes:
-            self.progress.note(f"note: {note}")
-        return notes
+    def _standing(self, plan: Plan, document: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+        """Where this build stands among earlier ones, and what it saves."""
+        made = {"economics": economics(self.recipe.cost, document, delta_bytes(self.recipe))}
+        point = point_of(plan.step("export").key, document["model"]["scheme"], verdict.checks, fingerprint())
+        if point is not None:
+            points = remember(self.store, family_key(self.sources.identity, self.suite.data.digest), point)
+            made["position"] = position(points, fingerprint())
+        return made
 
     def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
@@ -211,7 +177,7 @@ class Run:
         if not name:
             return []
         twin = self.sources.attached[name]
-        plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
+        plan = _plan(self.recipe, twin, self.suite, item, self.chosen.schemes if self.chosen else None)
         exported, _ = self._export(plan, twin, self._codes(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
@@ -223,51 +189,41 @@ class Run:
         rest = [self.store.get(plan.step(stage).key) for stage in ("export", "evaluate")]
         made: Path | None = None
         records: list[Record] = []
-        for step in (step for step in plan.steps if step.stage in ("quantize", "tune")):
+        for step in (step for step in plan.steps if step.stage in codes.STAGES):
             watch = Stopwatch()
             cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
-            how = step.params["methods"].values() if step.stage == "quantize" else ["scales against the float model"]
-            with self.progress.stage(step.stage, f"{step.params['scheme']}, {', '.join(sorted(set(how)))}" + (" (cached)" if cached else "")):
+            with self.progress.stage(step.stage, codes.described(step) + (" (cached)" if cached else "")):
                 if cached is None:
                     with self.store.make(step.key) as work:
-                        self._make_codes(step, sources, made, work)
-            made = self.store.place(step.key)
-            read = [sources.merged.digest]
-            records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb()))
+                        codes.make(step, self.recipe, sources.merged, made, work, self.progress)
+            made, read = self.store.place(step.key), [sources.merged.digest]
+            records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(made), **watch.account))
         return made, records
 
-    def _make_codes(self, step: Step, sources: Sources, before: Path | None, work: Path) -> None:
-        """Fill `work` with the codes of one step. before: what the step ahead of it made."""
-        if step.stage == "quantize":
-            quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
-        else:
-            codes_of = codes_for(sources.merged, export_stage.schemes_in(step.params), before)
-            tuned = tune_scales(sources.merged, step.params, codes_of, _calibration_text(self.recipe), work, self.progress.update)
-            self.progress.note(f"tune       KL on calibration windows held out: {tuned.before:.4f}, tuned {tuned.after:.4f}")
-
-    def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
+    def _export(self, plan: Plan, sources: Sources, made: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
+                    export_stage.export(sources.merged, step.params, work, self.progress.update, made, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
-        record = Record("export", step.key, [sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        known = [sources.merged.digest]
+        record = Record("export", step.key, known, wrote, dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
         return place, record
 
-    def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
+    def _evaluate(self, plan: Plan, exported: Path, made: Path | None) -> tuple[dict[str, Any], Record]:
         from compiler.evaluation.run import Exported, evaluate, evaluate_attached
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
-        with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
+        with self.progress.stage("evaluate", f"{len(self.suite.data.rows)} rows of {self.suite.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 params = plan.step("export").params
                 decodes = params["road"] == export_stage.DECODER
-                files = Exported(exported, codes_for(self.sources.merged, export_stage.schemes_in(params), codes) if decodes else None)
-                base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
+                files = Exported(exported, codes_for(self.sources.merged, export_stage.schemes_in(params), made) if decodes else None)
+                base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
                 else:
@@ -277,15 +233,17 @@ class Run:
         place = cached or self.store.place(step.key)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
-        return result, Record("evaluate", step.key, [self.data.digest], [], values, cached is not None, watch.seconds, peak_rss_mb())
+        return result, Record("evaluate", step.key, self.suite.digests, [], values, cached is not None, **watch.account)
 
-    def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""
         recipe = self.recipe.model_dump(mode="json")
-        steps = [{key: value for key, value in record.as_dict().items() if key not in ("seconds", "peak_rss_mb", "cached")} for record in records]
+        steps = [{key: value for key, value in record.as_dict().items() if key not in RUN_FACTS} for record in records]
         lineage = {**self.sources.lineage, "recipe": recipe, "tools": versions()}
         target = {"id": profile.id, "fingerprint": profile.fingerprint}
-        return {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(limits), "records": steps}
+        facts = {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(item.limits), "records": steps}
+        scenarios = item.scenarios.model_dump(mode="json", exclude_none=True)
+        return facts | ({"scenarios": scenarios} if scenarios else {})
 
     def _selftest(self, work: Path) -> None:
         from runtimes.bundle import open_bundle
@@ -323,6 +281,8 @@ def _document(
         "task": evaluation["task"],
         "samples": evaluation["samples"],
         "evaluation": evaluation.get("data", {}),
+        "robustness": robustness(evaluation["metrics"]),
+        "side_effects": side_effects(evaluation["metrics"]),
     }
 
 
@@ -330,7 +290,7 @@ def _finish(work: Path, place: Path, document: dict[str, Any], facts: Mapping[st
     """Write the reports; publish on PASS, else leave only the reports beside the place where the bundle would have been."""
     from compiler.report.markdown import model_card
 
-    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in package.REPORTS]
+    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in REPORTS]
     with writing(work):
         judge.write_reports(document, work)
         (work / "README.md").write_text(model_card(document), encoding="utf-8")
