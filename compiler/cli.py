@@ -245,7 +245,7 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], int8, int8-stored, int8-dynamic, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], as-is, int8, int8-stored, int8-dynamic, fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON
@@ -265,6 +265,7 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", help="Profile name or file; default: the bundle's own target.")
 @LIMITS
+@click.option("--scenario", "scenarios", multiple=True, metavar="KEY=VALUE", help="Laid over the bundle's own scenarios, e.g. server.rate_per_s=2.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html and report.json.")
 @JUNIT
 @MAX_SECONDS
@@ -275,11 +276,12 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
     \b
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
+      trimtab validate out/support-assistant-here --scenario server.rate_per_s=2 --limit server.latency_p95_ms=4000
     """
     from compiler.judge import validate_bundle, write_folder, write_junit
     from compiler.report.summary import print_report, summary_line
 
-    outcome = validate_bundle(bundle, target, limits, _progress(as_json), options["max_seconds"])
+    outcome = validate_bundle(bundle, target, limits, _progress(as_json), options["max_seconds"], options["scenarios"])
     if options["report"]:
         write_folder(outcome.document, options["report"])
     if options["junit"]:

@@ -182,12 +182,14 @@ def write_reports(document: Mapping[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(render_html(document), encoding="utf-8")
 
 
-def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], progress: Progress, max_seconds: float = 0.0) -> Outcome:
-    """Verify a bundle, let it answer its self-test, measure it here and judge it by its own limits with `limits` laid over.
+def validate_bundle(
+    bundle: Path, target: str | None, limits: Sequence[str], progress: Progress, max_seconds: float = 0.0, scenarios: Sequence[str] = ()
+) -> Outcome:
+    """Verify a bundle, let it answer its self-test, measure it here and judge it by its own limits and scenarios with `limits` and `scenarios` laid over.
 
     Accuracy is taken from the manifest's records: it belongs to the bytes, which were just verified, not to the machine.
     """
-    from compiler.recipe import parse_limits
+    from compiler.recipe import parse_limits, parse_scenarios
     from compiler.report.document import load_document
     from runtimes.bundle import verify_bundle
     from runtimes.selftest import run_selftest
@@ -199,7 +201,8 @@ def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], pro
     manifest = open_bundle(bundle).manifest
     profile = load_profile(target or manifest["target"]["id"])
     built = load_document(bundle / "report.json")
-    asked = Asked({**manifest["limits"], **extra}, max_seconds=max_seconds, scenarios=Scenarios(**manifest.get("scenarios", {})))
+    wanted = {**manifest["limits"], **extra}
+    asked = Asked(wanted, max_seconds=max_seconds, scenarios=parse_scenarios(scenarios, manifest.get("scenarios", {}), wanted))
     if not target and manifest["target"]["fingerprint"]:
         profile = replace(profile, fingerprint=manifest["target"]["fingerprint"])
     with progress.stage("measure", "behaviours, latency and memory on this machine"):

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compiler import attached
 from compiler.errors import BundleError, RecipeError
+from compiler.pipeline import export_again
 from compiler.progress import Progress
 from compiler.recipe import Recipe, parse_recipe
 from compiler.record import Stopwatch, versions
-from compiler.sources import Sources, mixture_of
-from compiler.stages import export as export_stage
+from compiler.sources import Sources
 from compiler.stages import package
-from compiler.stages.quantize import quantize_matrices
-from compiler.store import writing
+from compiler.store import Store, writing
 from runtimes.bundle import verify_bundle
 
 
@@ -41,11 +38,15 @@ def rebuild_bundle(bundle: Path, folder: Path, base: str | None, progress: Progr
         verify_bundle(bundle)
     manifest = read_json_object(bundle / MANIFEST)
     recipe = _recipe(manifest, folder, bundle)
-    with progress.stage("merge", str(mixture_of(recipe))):
-        sources = (replace(mixture_of(recipe), base=base) if base else mixture_of(recipe)).open()
-        _same_sources(sources, manifest, bundle)
+    if base:
+        recipe = recipe.model_copy(update={"base": str(Path(base).resolve()) if Path(base).exists() else base})
+    options = next(record["measured"] for record in manifest["records"] if record["stage"] == "export")
     with tempfile.TemporaryDirectory(prefix="trimtab-rebuild-") as place, writing(Path(place)):
-        rebuilt = _digest(sources, manifest, Path(place), recipe, progress)
+        exported = export_again(recipe, options, Store(Path(place) / "store"), progress, lambda sources: _same_sources(sources, manifest, bundle))
+        out = Path(place) / "out"
+        out.mkdir()
+        package.assemble(exported, out)
+        rebuilt = str(package.write_manifest(out, {})["digest"])
     result = {"bundle": str(bundle), "digest": manifest["digest"], "rebuilt": rebuilt, "tools": _tools(manifest), "seconds": round(watch.seconds, 2)}
     if rebuilt != manifest["digest"]:
         reason = ", ".join(f"{row['name']} {row['then']} then, {row['now']} now" for row in result["tools"])
@@ -72,23 +73,6 @@ def _same_sources(sources: Sources, manifest: Mapping[str, Any], bundle: Path) -
             raise BundleError(
                 f"{bundle}: {name}", expected=f"digest {digest[:16]}", found=found, remedy="name the one it was built from", code="REBUILD_SOURCE"
             )
-
-
-def _digest(sources: Sources, manifest: Mapping[str, Any], place: Path, recipe: Recipe, progress: Progress) -> str:
-    from compiler.pipeline import calibration
-
-    steps = {record["stage"]: record["measured"] for record in manifest["records"]}
-    codes, out = place / "codes", place / "out"
-    out.mkdir()
-    if "quantize" in steps:
-        codes.mkdir()
-        with progress.stage("quantize", str(steps["quantize"]["scheme"])):
-            quantize_matrices(sources.merged, steps["quantize"], calibration(recipe), codes, progress.update)
-    with progress.stage("export", str(steps["export"]["scheme"])):
-        given = codes if "quantize" in steps else None
-        export_stage.export(sources.merged, steps["export"], out, progress.update, given, attached.tenants(sources))
-    (out / export_stage.SUMMARY).unlink()
-    return str(package.write_manifest(out, {})["digest"])
 
 
 def _tools(manifest: Mapping[str, Any]) -> list[dict[str, str]]:

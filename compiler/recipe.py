@@ -6,6 +6,7 @@ nearest key that exists; a number that is not finite is an error; nothing is gue
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,12 +121,16 @@ class CombineItem(Part):
 class Quantize(Part):
     """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}.
 
-    calibration: builtin, or a file of text or JSONL (chats or texts); only methods that look at activations read it.
+    calibration: builtin, recipe (rows of evaluate.data that are not scored), or a file of text or JSONL (chats or texts); only methods that look at
+    activations, smooth, tune and auto read it. smooth: fold loud inputs of a decoder's matrices into their weights first (compiler.quantizers.smooth).
+    tune: scales: train the scales against the float model on the same text, codes as they are (compiler.quantizers.tune).
     """
 
     scheme: str = "int4-g64"
     method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
     calibration: str = "builtin"
+    smooth: bool = False
+    tune: Literal["scales"] | None = None
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property
@@ -134,12 +139,17 @@ class Quantize(Part):
         return self.scheme == "auto"
 
     @property
+    def chosen_later(self) -> bool:
+        """Whether the words name no scheme before the model, or the target too, is known: `auto`, `as-is` (compiler.stages.keep)."""
+        return self.scheme in ("auto", "as-is")
+
+    @property
     def fixed(self) -> dict[str, Scheme]:
         return {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
 
     @property
     def schemes(self) -> Schemes:
-        """The schemes as written. Raises RecipeError for `auto`, which has none before a target is known."""
+        """The schemes as written. Raises RecipeError where they are chosen later."""
         return Schemes(parse_scheme(self.scheme), self.fixed)
 
 
@@ -273,7 +283,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         raise _first_problem(error, path, listed=isinstance(raw.get("deltas"), list)) from error
     for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
         raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
-    _ = recipe.quantize.fixed if recipe.quantize.auto else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
+    _ = recipe.quantize.fixed if recipe.quantize.chosen_later else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
     recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
     return recipe
 
@@ -293,11 +303,25 @@ def parse_limits(settings: Sequence[str]) -> dict[str, float]:
         raise _first_problem(error, Path("--limit")) from error
 
 
-def _override(raw: dict[str, Any], setting: str) -> None:
+def parse_scenarios(settings: Sequence[str], known: Mapping[str, Any], limits: Mapping[str, float]) -> Scenarios:
+    """`["server.rate_per_s=2"]` laid over known scenarios. Raises RecipeError for what is none, and for a limit of a scenario that is not there."""
+    raw: dict[str, Any] = copy.deepcopy(dict(known))
+    for setting in settings:
+        _override(raw, setting, "--scenario")
+    try:
+        found = Scenarios.model_validate(raw)
+    except ValidationError as error:
+        raise _first_problem(error, Path("--scenario"), inside=("scenarios",)) from error
+    for name in limits:
+        found.require(name, "--scenario")
+    return found
+
+
+def _override(raw: dict[str, Any], setting: str, option: str = "--set") -> None:
     """`quantize.scheme=int4-g32` or `targets.0.limits.size_mb=90` laid over the raw mapping."""
     key, separator, text = setting.partition("=")
     if not separator or not key:
-        raise RecipeError(f"--set {setting}", expected="key.path=value", found="no `=`", remedy="for example --set quantize.scheme=int4-g32")
+        raise RecipeError(f"{option} {setting}", expected="key.path=value", found="no `=`", remedy="for example --set quantize.scheme=int4-g32")
     node: Any = raw
     parts = key.split(".")
     for part in parts[:-1]:
@@ -306,27 +330,30 @@ def _override(raw: dict[str, Any], setting: str) -> None:
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
-            raise RecipeError(f"--set {setting}", expected=f"a mapping or a list entry at {part!r}", found=type(node).__name__, remedy="check the path")
+            raise RecipeError(f"{option} {setting}", expected=f"a mapping or a list entry at {part!r}", found=type(node).__name__, remedy="check the path")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {setting}", expected="a YAML value", found=repr(text), remedy="quote the value") from error
+        raise RecipeError(f"{option} {setting}", expected="a YAML value", found=repr(text), remedy="quote the value") from error
     if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
         node[int(parts[-1])] = value
     elif isinstance(node, dict):
         node[parts[-1]] = value
     else:
-        raise RecipeError(f"--set {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
+        raise RecipeError(f"{option} {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
 
 
-def _first_problem(error: ValidationError, path: Path, listed: bool = False) -> RecipeError:
-    """pydantic's first complaint in our words: path of the key, expected, found, remedy. listed: the user wrote `deltas` as a list."""
-    problem = error.errors()[0]
+def _first_problem(error: ValidationError, path: Path, listed: bool = False, inside: tuple[str, ...] = ()) -> RecipeError:
+    """pydantic's first complaint in our words: path, expected, found, remedy. listed: the user wrote `deltas` as a list. inside: the part
+    of a recipe that was read alone."""
+    first, *others = error.errors()
+    unknown = [one for one in others if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1]]
+    problem = unknown[0] if first["type"] == "missing" and unknown else first  # a key that is missing may be the one that is misspelt
     parts = [str(part) for number, part in enumerate(problem["loc"]) if not (listed and number == 1 and problem["loc"][:2] == ("deltas", "items"))]
     place = f"{path}: {'.'.join(parts) or 'recipe'}"
     found = repr(problem["input"]) if not isinstance(problem["input"], (dict, list)) else type(problem["input"]).__name__
     if problem["type"] == "extra_forbidden":
-        siblings = _keys_at(problem["loc"][:-1])
+        siblings = _keys_at((*inside, *problem["loc"][:-1]))
         key = str(problem["loc"][-1])
         return RecipeError(place, expected=f"one of {', '.join(siblings)}", found=f"unknown key {key!r}", remedy=nearest(key, siblings), code="RECIPE_KEY")
     if problem["type"] == "missing":

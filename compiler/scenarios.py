@@ -58,12 +58,18 @@ class Scenarios(Part):
     batch: Batch | None = None
     cold_start: ColdStart | None = None
 
-    def require(self, limit: str) -> None:
-        """Raises RecipeError for a limit of a scenario that says not how requests come."""
+    def require(self, limit: str, option: str = "") -> None:
+        """Raises RecipeError for a limit of a scenario that says not how requests come. option: where it may be said on a command line."""
         scene = limit.split(".")[0]
         if scene in MEASURED and getattr(self, scene) is None:
-            remedy = f"add targets.scenarios: {{{scene}: {MEASURED[scene]}}}"
-            raise RecipeError(f"targets.limits.{limit}", expected=f"a scenario `{scene}` that says how requests come", found="none", remedy=remedy)
+            needed = MEASURED[scene].strip("{}").replace(": ", "=")
+            remedy = f"add {option} {scene}.{needed}" if option else f"add targets.scenarios: {{{scene}: {MEASURED[scene]}}}"
+            raise RecipeError(
+                f"--limit {limit}" if option else f"targets.limits.{limit}",
+                expected=f"a scenario `{scene}` that says how requests come",
+                found="none",
+                remedy=remedy,
+            )
 
     def measurements(self, limits: Mapping[str, float]) -> list[dict[str, Any]]:
         """Options of `runtimes.bench.BenchOptions` of each measurement that these scenarios and limits ask for. A limit on the cold start asks by itself."""

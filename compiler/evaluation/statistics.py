@@ -173,7 +173,7 @@ def spearman_drop(scores: np.ndarray, before: np.ndarray, after: np.ndarray, see
     if count < 10 or not np.isfinite(value):
         return metric(value, NOTHING if np.isfinite(value) else (value, value), count)
     rng = np.random.default_rng(seed)
-    drawn = [rng.integers(0, count, count) for _ in range(RESAMPLES)]
+    drawn = [rng.integers(0, count, count) for _ in range(RESAMPLES // 2)]
     values = np.array([spearman(scores[rows], before[rows]) - spearman(scores[rows], after[rows]) for rows in drawn])
     values = values[np.isfinite(values)]
     return metric(value, tuple(np.quantile(values, [0.025, 0.975])), count)
