@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def sign_bundle(bundle: Path, key: Path, version: int, expires: str = "", passwo
         places["release"].write_text(json.dumps(release, indent=1, sort_keys=True) + "\n")
     for subject, signature in ((bundle, places["signature"]), (places["release"], places["release_signature"])):
         config = signing.Config()
-        _guarded(lambda config=config: config.use_elliptic_key_signer(private_key=key, password=password), f"{key}", "a private key in PEM, elliptic", "ERROR")
+        _guarded(partial(config.use_elliptic_key_signer, private_key=key, password=password), f"{key}", "a private key in PEM, elliptic", "ERROR")
         with writing(signature):
             config.set_hashing_config(_all_files()).sign(subject, signature)
     return {**release, **{name: str(place) for name, place in places.items()}}

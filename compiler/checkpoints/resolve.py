@@ -152,8 +152,8 @@ def open_folder(folder: Path, origin: str, weights: str | None = None) -> Checkp
         paths = [*files, *(folder / name for name in small), *config_files(folder)]
         return sha256_parts({str(path.relative_to(folder)): sha256_file(path) for path in paths})
 
-    weights_of, config = unpacked(tensors, config, folder, origin)
-    return Checkpoint(weights_of, config, FolderAssets(folder, names), origin, digest)
+    weights_of, plain = unpacked(tensors, config, folder, origin)
+    return Checkpoint(weights_of, plain, FolderAssets(folder, names), origin, digest)
 
 
 def _single_file(folder: Path) -> Path:
