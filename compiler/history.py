@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from compiler.report.verdict import Check
@@ -61,7 +62,7 @@ def remember(store: Store, family: str, point: Point) -> list[Point]:
     return points
 
 
-def _read(place: Any) -> list[Point]:
+def _read(place: Path) -> list[Point]:
     try:
         return [Point(**row) for row in json.loads(place.read_text())]
     except (OSError, ValueError, TypeError):
