@@ -81,7 +81,7 @@ class FiniteRows:
         with np.errstate(over="ignore", invalid="ignore"):
             total = block.sum()
         if not np.isfinite(total) and (bad := int((~np.isfinite(block)).sum())):  # a finite sum has no NaN or infinity in it
-            found = f"{bad} NaN or infinite among rows {start} to {stop - 1}"
+            found = f"NaN or infinity: {bad} among rows {start} to {stop - 1}"
             remedy = "find out what broke the model: no metric of it would mean anything"
             raise CheckpointError(f"{self.origin}: {self.view.name}", expected="finite weights", found=found, remedy=remedy, code="WEIGHT_NONFINITE")
         return block
