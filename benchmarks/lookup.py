@@ -56,8 +56,9 @@ def rows(generator: Generator, rounds: int, new: int) -> list[dict[str, Any]]:
                 ratios.append(answers[False].tpot_ms / answers[True].tpot_ms)
                 same.append(answers[False].token_ids == answers[True].token_ids)
         share = accepted / max(drafted, 1)
-        print(f"{kind:9s} ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  accepted {share:.0%} of {drafted}  same {np.mean(same):.0%}")
-        row = {"system": "trimtab lookup", "metric": f"decode_ratio@{kind}", "value": statistics.median(ratios), "unit": "", "low": min(ratios), "high": max(ratios)}
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{kind:9s} ratio {middle:.2f} [{low:.2f}, {high:.2f}]  accepted {share:.0%} of {drafted}  same {np.mean(same):.0%}")
+        row = {"system": "trimtab lookup", "metric": f"decode_ratio@{kind}", "value": middle, "unit": "", "low": low, "high": high}
         found.append({**row, "samples": len(ratios), "drafted": drafted, "accepted": accepted, "same": float(np.mean(same))})
     return found
 

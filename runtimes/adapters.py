@@ -28,9 +28,7 @@ class Adapters:
     def __init__(self, bundle: Bundle, session: Any) -> None:
         self._bundle = bundle
         self._rows = _rows(bundle)
-        self._shapes: dict[str, list[int | str]] = {
-            node.name: node.shape for node in session.get_overridable_initializers() if node.name != KEPT_POSITIONS
-        }
+        self._shapes: dict[str, list[int | str]] = {node.name: node.shape for node in session.get_overridable_initializers() if node.name != KEPT_POSITIONS}
         self._kept: dict[str, Values] = {}
 
     @property

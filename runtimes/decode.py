@@ -7,8 +7,8 @@ Why it looks like this:
 * The cache is [batch, kv_heads, capacity, head]; capacity grows by doubling, because a growth copies everything and because reserving the whole context
   would count in the memory of a device that never fills it.
 * Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
-* A draft of tokens (`runtimes.lookup`) is checked in one run: the graph's `kept_positions`, 1 unless fed, says for how many of the last tokens there are logits;
-  tokens that turn out wrong are forgotten by making the row shorter.
+* A draft of tokens (`runtimes.lookup`) is checked in one run: the graph's `kept_positions`, 1 unless fed, says how many of the last tokens have logits; tokens
+  that turn out wrong are forgotten by making the row shorter.
 * A long prompt runs in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked, and its activations
   are the peak of the memory. A 135 M-parameter int4 decoder on a prompt of 1024 tokens, Zen 3: 489 MB at once, 306 MB in chunks of 256, 276 MB in chunks of
   128. 256 was chosen for memory. What it does to speed is not established: the times beside those figures were one run per setting.
@@ -255,7 +255,7 @@ class DecodeLoop:
         return logits
 
     def _run_kept(self, kept: int) -> Floats:
-        """Run what is bound, with logits [batch, kept, vocab]. The graph declares one position, as onnxruntime-genai wants it, so onnxruntime makes the room."""
+        """Run what is bound, with logits [batch, kept, vocab]. The graph declares one position, as onnxruntime-genai wants it: onnxruntime makes room."""
         self._keep(kept)
         self._binding.bind_output(self.layout.logits, "cpu")
         self._run()
