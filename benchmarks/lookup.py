@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import SUBJECTS, bundle
+from steps import ours
 
-from compiler.bench.peers import environments
 from compiler.evaluation.data import load_rows
 from runtimes.bundle import open_bundle
 from runtimes.generate import Generation, Generator, Options
@@ -69,11 +68,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "lookup.json")
     given = parser.parse_args()
-    subject = SUBJECTS[0]
-    place = environments() / "bundles" / f"{subject.name}-lookup-{subject.schemes[0]}"
-    if not place.is_dir():
-        place = bundle(f"{subject.name}-lookup", subject.base, subject.schemes[0])
-    generator = Generator(open_bundle(place), SessionSettings(flush_denormals=True))
+    generator = Generator(open_bundle(ours()), SessionSettings(flush_denormals=True))
     given.out.write_text(json.dumps(rows(generator, given.rounds, given.new), indent=1) + "\n", encoding="utf-8")
 
 
