@@ -78,8 +78,8 @@ class Samples:
     tests: tuple[tuple[Limit, PercentileTest], ...]
 
 
-class _Question:
-    """One limit and the looks taken at it."""
+class Question:
+    """One limit and the looks taken at it: `result` is None until it is decided."""
 
     def __init__(self, limit: Limit, confidence: float) -> None:
         self.limit, self._confidence = limit, confidence
@@ -124,7 +124,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
             "limits", expected=f"series among {', '.join(first)}", found=", ".join(unknown), remedy="choose another limit for this kind of bundle"
         )
     spin.calibrate(call, count=9)
-    questions = [_Question(limit, budget.confidence) for limit in limits]
+    questions = [Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0
     lost = 0.0  # seconds of dropped windows

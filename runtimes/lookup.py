@@ -5,7 +5,7 @@ nothing. A run over the last token and k drafted ones gives the logits after eac
 logits after the last right token give one token more. What is chosen is what single steps would choose, up to the rounding of kernels that take several tokens.
 
 A run over k + 1 tokens costs more than a step, on a small processor twice as much for k = 3. Whether drafts pay depends on text and machine, so `Pace` measures
-both ways in seconds a token: after MIN_RUNS checked drafts that took longer a token than steps do, it waits 32 tokens, then 64, and so on.
+both ways in seconds a token: after MIN_RUNS checked drafts that took longer a token than steps do, it waits 32 tokens, then 64, up to 1024.
 
 Source: prompt lookup decoding (Saxena 2023), a case of speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) for greedy choice.
 """

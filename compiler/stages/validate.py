@@ -6,9 +6,11 @@ Rules:
    when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is. Only
    exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
 3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
-4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
-5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`.
-6. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
+4. Peak memory, load time and cold start take the worst of several fresh processes; throughputs are the median over requests.
+5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`. A limit `noise.X` must hold
+   for every kind of noise that was evaluated: `typos.X`, `casing.X` ...
+6. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there, and a smaller machine
+   that was emulated here is still another machine.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.limits import BY_NAME, PERCENTILE, Quantity, plain, quantity
+from compiler.limits import BY_NAME, PERCENTILE, SCENE_PERCENTILE, Quantity, bare, covers, plain, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
 from runtimes.metrics import percentile_test
 
@@ -38,12 +40,13 @@ class Measured:
     scalars    name -> values of fresh processes: peak_rss_mb, load_s
     medians    name -> per-request throughputs: prefill_tok_s, decode_tok_s
     tests      limit name -> the test that the sampler decided while sampling (its confidence pays for every look)
-    dropped    samples of disturbed windows that were left out
+    dropped    samples of disturbed windows that were left out, by scenario: single, batch, server
     here       whether the machine that was measured is the target
     built_in   checks that no recipe asks for: behaviours, and whether the graph is the model
     blamed     the stage that an accuracy loss against the merged model is due to (`compiler.evaluation.attribution`)
     merged     name -> value of the merged fp32 model itself, for limits that it misses already
-    conditions one sentence: threads, prompt and output lengths
+    conditions one sentence a scenario: threads, prompt and output lengths, how requests came
+    emulated   what was imposed to make this machine as small as the target; "" for nothing
     """
 
     size_mb: float
@@ -52,12 +55,13 @@ class Measured:
     scalars: Mapping[str, Sequence[float]]
     medians: Mapping[str, Sequence[float]]
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    dropped: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
     here: bool = True
     built_in: Sequence[Check] = ()
     blamed: str = "quantize + export"
     merged: Mapping[str, float] = field(default_factory=dict)
-    conditions: str = ""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    emulated: str = ""
 
 
 def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
@@ -65,8 +69,8 @@ def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
     made = []
     for name, limit in limits.items():
         what = quantity(name, f"limits.{name}")
-        adapters = [found for found in measured.accuracy if plain(found) == name] or [name]
-        made += [_check(replace(what, name=each), limit, measured) for each in adapters]
+        each = [found for found in measured.accuracy if covers(name, found)] or [name]
+        made += [_check(replace(what, name=one), limit, measured) for one in each]
     decided = {check.name for check in made}
     return made + list(measured.built_in) + [row for row in _info(measured) if row.name not in decided]
 
@@ -76,7 +80,7 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
         return Check(what.name, measured.size_mb, what.unit, limit, PASS if measured.size_mb <= limit else FAIL, note="exact")
     if what.name in measured.accuracy:
         return _accuracy(what, limit, measured.accuracy[what.name], _stage(what, limit, measured))
-    if match := PERCENTILE.fullmatch(what.name):
+    if match := PERCENTILE.fullmatch(what.name) or SCENE_PERCENTILE.fullmatch(what.name):
         found = _percentile(what, limit, float(match["percentile"]), measured.series.get(match["series"], ()), measured)
     elif what.name in measured.scalars:
         found = _worst(what, limit, measured.scalars[what.name])
@@ -86,6 +90,7 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="not measured for this kind of model or data")
     if not measured.here and found.outcome != INFO:
         note = "measured on another machine than the target: never a verdict about it"
+        note = f"emulation on another machine ({measured.emulated}): never a verdict about the target" if measured.emulated else note
         return Check(**{**vars(found), "outcome": INCONCLUSIVE, "note": note})
     return found
 
@@ -98,6 +103,9 @@ def built_in(name: str, measured: float, limit: float, note: str, tried: bool = 
 
 def _stage(what: Quantity, limit: float, measured: Measured) -> str:
     """Whose doing a value is: "merge" where the merged fp32 model itself misses the limit, else the stage that cost most."""
+    told = measured.accuracy[what.name].get("stage")
+    if told:
+        return str(told)
     own = measured.merged.get(what.name)
     if own is not None and not (own <= limit if what.at_most else own >= limit):
         return "merge"
@@ -122,7 +130,10 @@ def _percentile(what: Quantity, limit: float | None, percentile: float, samples:
     if not len(samples):
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="no undisturbed sample")
     test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
-    note = measured.conditions + (f"; {measured.dropped} disturbed samples left out" if measured.dropped else "")
+    scene = scene_of(what.name)
+    dropped = measured.dropped.get(scene, 0)
+    told = [measured.conditions.get(scene, ""), f"{dropped} disturbed samples left out" if dropped else "", "emulation" if measured.emulated else ""]
+    note = "; ".join(part for part in told if part)
     return Check(
         what.name,
         float("nan") if test["estimate"] is None else test["estimate"],
@@ -136,6 +147,12 @@ def _percentile(what: Quantity, limit: float | None, percentile: float, samples:
         None if limit is None else test["false_pass"],
         note=note,
     )
+
+
+def scene_of(name: str) -> str:
+    """The scenario that a series or a limit belongs to: `server.latency_p99_ms` -> "server", `ttft` -> "single"."""
+    scene, dot, _ = name.partition(".")
+    return scene if dot else "single"
 
 
 def _worst(what: Quantity, limit: float, values: Sequence[float]) -> Check:
@@ -169,4 +186,4 @@ def _info(measured: Measured) -> list[Check]:
 
 def _unit(name: str) -> str:
     """The unit of a measurement; "" for those that nobody can limit."""
-    return BY_NAME[plain(name)].unit if plain(name) in BY_NAME else ""
+    return next((BY_NAME[known].unit for known in (plain(name), bare(name)) if known in BY_NAME), "")
