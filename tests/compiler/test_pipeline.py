@@ -1,10 +1,12 @@
 """The main job end to end on a tiny real model, through the command line: verdicts, caching, what is published and what is not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from compiler import judge
+from targets import profile
 
 
 @pytest.fixture(autouse=True)
@@ -135,11 +137,33 @@ def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
     assert code == 2 and "expected a target of the recipe (here), found moon" in stderr
 
 
+def test_smoothing_is_a_step_of_its_own_and_the_reference_stays_the_merged_model(trimtab, recipe, tmp_path, monkeypatch):
+    from compiler.stages import smooth
+
+    monkeypatch.setattr(smooth, "WINDOWS", 2)
+    quantize = {"scheme": "int8-g32", "smooth": True}
+    path, out = recipe({"size_mb": 5, "kl_mean": 0.05}, quantize=quantize), tmp_path / "out"
+    code, stdout, _ = trimtab("plan", path)
+    assert code == 0 and "smooth" in stdout
+    code, _, stderr = trimtab("compile", path, "--out", out)
+    assert code == 0, stderr  # the graph was held to the torch model with the smoothed, rounded weights
+    assert [record["stage"] for record in json.loads((out / "tiny-here" / "manifest.json").read_text())["records"]] == ["merge", "smooth", "export", "evaluate"]
+    report = json.loads((out / "tiny-here" / "report.json").read_text())
+    assert 0 < next(row["value"] for row in report["stages"] if row["stage"] == "quantize" and row["metric"] == "kl_mean") < 0.05
+
+
+def test_smoothing_is_for_merged_decoders(trimtab, recipe, tiny_lora, tmp_path):
+    path = recipe({}, deltas={"mode": "attached", "items": [{"path": str(tiny_lora)}]}, quantize={"scheme": "int8-g32", "smooth": True})
+    code, _, stderr = trimtab("compile", path, "--out", tmp_path / "out")
+    assert code == 2 and "quantize.smooth: expected a decoder with its deltas merged" in stderr
+
+
 def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path, monkeypatch):
     from compiler import auto
+    from compiler.quantizers import windows
 
+    monkeypatch.setattr(windows.token_windows, "__defaults__", (4, 96))
     monkeypatch.setattr(auto, "WINDOWS", 2)
-    monkeypatch.setattr(auto, "LENGTH", 96)
     path, out = recipe({"size_mb": 0.8}, scheme="auto"), tmp_path / "out"
     code, stdout, _ = trimtab("plan", path)
     assert code == 0 and "size not known yet" in stdout and "sensitivity" in stdout
@@ -191,7 +215,12 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
     if code == 0:
         manifest = json.loads((out / "tiny-here" / "manifest.json").read_text())
         assert manifest["scenarios"]["server"]["rate_per_s"] == 40
-        document = json.loads(trimtab("validate", out / "tiny-here", "--json")[1])["document"]
-        assert breaks_schema(document) == []
-        again = document["verdict"]["checks"]
-        assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {row["name"] for row in again if row["limit"] is not None}
+        small = replace(profile.here(), id="small", cores=1, threads=1, memory_bytes=4 * 10**9, fingerprint="")
+        (tmp_path / "small.yaml").write_text(profile.dump_profile(small))
+        code, stdout, _ = trimtab("validate", out / "tiny-here", "--target", tmp_path / "small.yaml", "--json")
+        document = json.loads(stdout)["document"]
+        assert code == 4 and "4 GB of memory" in document["target"]["emulation"] and breaks_schema(document) == []
+        checks = {row["name"]: row for row in document["verdict"]["checks"]}
+        assert checks["cold_start_ms"]["outcome"] == checks["server.latency_p50_ms"]["outcome"] == "INCONCLUSIVE"
+        assert "emulation on another machine" in checks["cold_start_ms"]["note"] and checks["typos.flips"]["outcome"] == "PASS"
+        assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {name for name, row in checks.items() if row["limit"] is not None}
