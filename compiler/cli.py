@@ -305,6 +305,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare every byte with the manifest before anything is loaded.")
+@click.option("--lookup", is_flag=True, help="Draft tokens from the text so far and check them together, while that is faster. Greedy only.")
 @AS_JSON
 def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """Generate from PROMPT, or encode or classify it, with BUNDLE.
