@@ -1,9 +1,10 @@
 """Prediction against measurement on this machine: SmolLM2 at several schemes and MiniLM, after a probe.
 
-    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g64,int4-g32-asym] [--encoder-schemes fp32] [--profile FILE] [--rounds 2]
+    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g32,fp32] [--encoder-schemes fp32] [--profile FILE] [--rounds 2]
 
 Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower
-quartile of the requests, as the kernel table's is of its runs. The probe runs before; with --profile one that was probed earlier is used.
+quartile of the requests of all rounds, as the kernel table's is of its runs. The first round is measured before the probe, the others after it, so that both
+see the same machine; with --profile one that was probed earlier is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +23,7 @@ from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture
 from compiler.stages import export, package
 from compiler.workload import exported_workload
-from runtimes.bench import BenchOptions, measure_in_child
+from runtimes.bench import BenchOptions, BenchResult, measure_in_child
 from targets.predict import Conditions, predict
 from targets.profile import Profile, load_profile
 
@@ -40,26 +42,29 @@ def build(base: str, scheme: str, folder: Path) -> Path:
     return folder
 
 
-def compare(bundle: Path, name: str, profile: Profile, rounds: int, requests: int) -> list[dict[str, Any]]:
+def measured(bundles: Sequence[Path], rounds: int, requests: int) -> list[list[BenchResult]]:
+    """Of each round the result of each bundle."""
+    options = BenchOptions(least=requests, most=requests, seconds=30.0)
+    return [[measure_in_child(bundle, options) for bundle in bundles] for _ in range(rounds)]
+
+
+def compare(bundle: Path, name: str, profile: Profile, results: Sequence[BenchResult]) -> list[dict[str, Any]]:
     """Rows of predicted and measured figures of one bundle."""
     told = predict(exported_workload(bundle), profile, Conditions())
-    options = BenchOptions(least=requests, most=requests, seconds=30.0)
-    results = [measure_in_child(bundle, options) for _ in range(rounds)]
-    measured = {}
+    found = {}
     for series in SERIES[results[0].kind]:
-        values = [value for result in results for value in result.series[series]]
-        measured[series] = statistics.quantiles(values, n=4)[0]
-    measured |= {"peak_rss_mb": results[0].peak_rss_mb, "load_s": min(result.load_s for result in results)}
+        found[series] = statistics.quantiles([value for result in results for value in result.series[series]], n=4)[0]
+    found |= {"peak_rss_mb": results[0].peak_rss_mb, "load_s": min(result.load_s for result in results)}
     return [
         {"system": name, "metric": metric, "predicted": told.figures[metric].value, "measured": value, "error": told.figures[metric].value / value - 1}
-        for metric, value in measured.items()
+        for metric, value in found.items()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--schemes", default="int4-g64,int8-g64,int4-g32-asym")
+    parser.add_argument("--schemes", default="int4-g64,int8-g32,fp32")
     parser.add_argument("--encoder-schemes", default="fp32")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
@@ -77,15 +82,19 @@ def main() -> None:
         for _, folder, base, scheme in bundles:
             if not folder.exists():
                 build(base, scheme, folder)
+        folders = [folder for _, folder, _, _ in bundles]
+        results = measured(folders, min(1, given.rounds), given.requests)
         if not given.profile:
             probe_target(given.seconds, profile_file, Progress(quiet=True))
         profile = load_profile(profile_file)
-        rows = [row for name, folder, _, _ in bundles for row in compare(folder, name, profile, given.rounds, given.requests)]
+        results += measured(folders, given.rounds - 1, given.requests)
+        rows = [row for at, (name, folder, _, _) in enumerate(bundles) for row in compare(folder, name, profile, [result[at] for result in results])]
     for row in rows:
         print(f"{row['system']:24s} {row['metric']:12s} predicted {row['predicted']:9.2f}  measured {row['measured']:9.2f}  {row['error']:+7.1%}")
     timed = [abs(row["error"]) for row in rows if row["metric"] in ("ttft_ms", "tpot_ms", "encode_ms")]
     print(f"largest error of a time: {max(timed):.1%}")
-    given.out.write_text(json.dumps({"machine": profile.model, "description": profile.description, "rows": rows}, indent=1) + "\n")
+    spins = [round(result.spin_ms, 3) for round_of in results for result in round_of]
+    given.out.write_text(json.dumps({"machine": profile.model, "description": profile.description, "spin_ms": spins, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ class Profile:
     open_mb_s: float | None = None  # weights that a session makes ready a second, with the file in the system's cache
     parallel_us: float | None = None  # starting and joining all threads once, inside an operator
     run_us: float | None = None  # one run of a session, beside its operators
+    step_us: float | None = None  # what a step of generation does beside the layers and the head
     gpu: str = ""
     gpu_memory_bytes: int | None = None
     gpu_read_gb_s: float | None = None  # device memory

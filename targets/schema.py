@@ -82,6 +82,7 @@ class _Profile(_Part):
     open_mb_s: Speed | None = None
     parallel_us: Speed | None = None
     run_us: Speed | None = None
+    step_us: Speed | None = None
     gpu: str = ""
     gpu_memory_bytes: Count | None = None
     gpu_read_gb_s: Speed | None = None
