@@ -2,13 +2,14 @@
 
 A row of the kernel table with one of these operators is one layer of a chain; its columns say
 
-    op             bits, block            k       n              m        context
-    DecoderLayer   of its matrices        width   intermediate   tokens   tokens in the cache before
-    EncoderLayer   of its matrices        width   intermediate   tokens   -
+    op             bits, block            k       n              m        context                      layers
+    DecoderLayer   of its matrices        width   intermediate   tokens   tokens in the cache before   of the chain
+    EncoderLayer   of its matrices        width   intermediate   tokens   -                            of the chain
 
 1. The layers are those of `compiler.graph.decoder` and `compiler.graph.encoder_builder`, operator by operator; `parts` lists them in the table's columns.
 2. A decoder's attention has heads of HEAD, and a GROUP of them shares keys and values; an encoder's has heads of ENCODER_HEAD.
-3. A chain is as long as it takes to fill STREAM_BYTES of weights, at least LAYERS_LEAST: one token streams them from memory, as a model's step does.
+3. A chain is as long as it takes to fill so many bytes of weights, at least LAYERS_LEAST: one token streams them from memory, as a model's step does. Weights
+   of twice the last cache still find a good part of themselves in it, those of eight times hardly any: rows say how many layers they rest on.
 4. Every layer has weights and a cache of its own; what a layer gives the next one takes.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from targets.errors import TargetError
-from targets.kernels import MATRICES, OPERATORS, ROPE_POSITIONS, STREAM_BYTES, Case, CaseRun, Part, open_model, weight_bytes
+from targets.kernels import MATRICES, OPERATORS, ROPE_POSITIONS, Case, CaseRun, Part, open_model, weight_bytes
 from targets.wire import INT32, INT64, MICROSOFT, Graph, Node, Value, model_bytes
 
 DECODER, ENCODER = "DecoderLayer", "EncoderLayer"
@@ -67,9 +68,14 @@ def kv_width(layer: Case) -> int:
     return max(1, layer.k // HEAD // GROUP) * HEAD
 
 
-def depth(layer: Case) -> int:
+def layer_bytes(layer: Case) -> int:
+    """Weights that one layer streams per token."""
+    return sum(count * weight_bytes(case) for case, count in parts(layer) if case.op in MATRICES)
+
+
+def depth(layer: Case, stream_bytes: int) -> int:
     """Rule 3."""
-    return max(LAYERS_LEAST, -(-STREAM_BYTES // sum(count * weight_bytes(case) for case, count in parts(layer) if case.op in MATRICES)))
+    return max(LAYERS_LEAST, -(-stream_bytes // layer_bytes(layer)))
 
 
 class Chain:
@@ -176,9 +182,9 @@ def layer_model(layer: Case, count: int) -> bytes:
     return model_bytes(Graph(chain.nodes, chain.inputs, chain.outputs, chain.constants))
 
 
-def open_layers(layer: Case, threads: int) -> CaseRun:
-    """A session of the chain. Raises TargetError without onnxruntime."""
-    count = depth(layer)
+def open_layers(layer: Case, threads: int, stream_bytes: int) -> CaseRun:
+    """A session of the chain that fills so many bytes. Raises TargetError without onnxruntime."""
+    count = depth(layer, stream_bytes)
     return CaseRun(layer, count, open_model(layer_model(layer, count), threads))
 
 

@@ -12,21 +12,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from targets.kernels import Case, CaseRun, Point
+from targets.kernels import STREAM_BYTES, Case, CaseRun, Point
 from targets.layers import DECODER, ENCODER, Step, open_layers
 from targets.profile import KernelTime
 from targets.spin import Spin
 
 PASSES = 3
 BLOCK_S = 0.03  # a sample is the mean of runs that take so long together: like the tokens of an answer, hiccups included
-DECODER_POINTS = (Point(1, 128), Point(128), Point(1, 1024), Point(32))
-ENCODER_POINTS = (Point(128), Point(32))
+LARGE_BYTES, LARGE_SHARE = 256 << 20, 1 / 32  # of weights, and of the machine's memory at most
+STEP, LATE, PROMPT, SHORT = Point(1, 128), Point(1, 1024), Point(128), Point(32)
 CHAINS = (  # the most telling first: what does not fit the budget is left out from the end
-    (Case(DECODER, 4, 64, 512, 1536), DECODER_POINTS),
-    (Case(DECODER, 8, 32, 512, 1536), DECODER_POINTS),
-    (Case(DECODER, 32, 0, 512, 1536), DECODER_POINTS),
-    (Case(ENCODER, 32, 0, 512, 2048), ENCODER_POINTS),
-    (Case(DECODER, 4, 64, 1536, 4096), DECODER_POINTS),
+    (Case(DECODER, 4, 64, 512, 1536), STREAM_BYTES, (STEP, PROMPT, LATE, SHORT)),
+    (Case(DECODER, 32, 0, 512, 1536), LARGE_BYTES, (STEP, PROMPT)),
+    (Case(DECODER, 8, 32, 512, 1536), LARGE_BYTES, (STEP,)),
+    (Case(ENCODER, 32, 0, 384, 1536), STREAM_BYTES, (PROMPT, SHORT)),
+    (Case(DECODER, 8, 32, 512, 1536), STREAM_BYTES, (STEP, PROMPT)),
+    (Case(DECODER, 4, 64, 1536, 4096), LARGE_BYTES, (STEP, SHORT)),
+    (Case(ENCODER, 32, 0, 768, 3072), STREAM_BYTES, (PROMPT,)),
+    (Case(DECODER, 32, 0, 512, 1536), STREAM_BYTES, (STEP,)),
 )
 
 
@@ -60,31 +63,31 @@ class Samples:
 
 
 class ChainPasses:
-    """Sessions of CHAINS, which stay open between passes (some 100 MB each). Use `run` PASSES times, then `rows` and `step`."""
+    """Sessions of CHAINS, which stay open between passes. Use `run` PASSES times, then `rows` and `step`."""
 
-    def __init__(self, threads: int, spin: Spin) -> None:
-        self.threads, self.spin = threads, spin
-        self.open: dict[Case, CaseRun] = {}
-        self.samples: dict[tuple[Case, Point], Samples] = {}
+    def __init__(self, threads: int, memory_bytes: int, spin: Spin) -> None:
+        self.threads, self.spin, self.most_bytes = threads, spin, int(memory_bytes * LARGE_SHARE)
+        self.open: dict[int, CaseRun] = {}
+        self.samples: dict[tuple[int, Point], Samples] = {}
         self.steps = Samples()
-        self._step = Step(threads, DECODER_POINTS[0].context)
+        self._step = Step(threads, STEP.context)
 
     def run(self, seconds: float) -> None:
         """One pass, in about `seconds`. A chain whose share has gone before it is opened waits for the next pass."""
         deadline = time.perf_counter() + seconds
-        for done, (chain, points) in enumerate(CHAINS):
+        for place, (layer, stream_bytes, points) in enumerate(CHAINS):
             if deadline <= time.perf_counter():
                 break
-            if chain not in self.open:
-                self.open[chain] = open_layers(chain, self.threads)
-            share = (deadline - time.perf_counter()) / (len(CHAINS) - done) / len(points)
+            if place not in self.open:
+                self.open[place] = open_layers(layer, self.threads, min(stream_bytes, self.most_bytes))
+            share = (deadline - time.perf_counter()) / (len(CHAINS) - place) / len(points)
             for point in points:
-                self._point(chain, point, share)
+                self._point(place, point, share)
 
-    def _point(self, chain: Case, point: Point, seconds: float) -> None:
-        run, deadline = self.open[chain].bind(point), time.perf_counter() + seconds
+    def _point(self, place: int, point: Point, seconds: float) -> None:
+        run, deadline = self.open[place].bind(point), time.perf_counter() + seconds
         run()
-        kept = self.samples.setdefault((chain, point), Samples())
+        kept = self.samples.setdefault((place, point), Samples())
         while True:
             taken, stepped = self._block(run, point.m == 1)
             spin_ms = self.spin.time_ms()
@@ -112,9 +115,10 @@ class ChainPasses:
     def rows(self) -> list[KernelTime]:
         """Microseconds of one layer."""
         found = []
-        for (chain, point), samples in self.samples.items():
-            us = round(samples.timing().seconds * 1e6 / self.open[chain].count, 2)
-            found.append(KernelTime(chain.op, chain.bits, chain.block, chain.k, chain.n, point.m, self.threads, us, chain.symmetric, point.context))
+        for (place, point), samples in self.samples.items():
+            layer, count = CHAINS[place][0], self.open[place].count
+            us = round(samples.timing().seconds * 1e6 / count, 2)
+            found.append(KernelTime(layer.op, layer.bits, layer.block, layer.k, layer.n, point.m, self.threads, us, layer.symmetric, point.context, count))
         return found
 
     def step(self) -> tuple[float, Timing] | None:

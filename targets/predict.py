@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from targets.errors import TargetError
-from targets.kernels import ATTENTION, MATRICES, Case, Point
+from targets.kernels import ATTENTION, MATRICES, Case, Point, weight_bytes
 from targets.layers import DECODER, ENCODER
 from targets.profile import Profile
 from targets.table import KernelTable
@@ -55,6 +55,11 @@ class Workload:
     cache_bytes: int = 0
     activation_bytes: int = 0  # of one token, the widest moment of a layer
     context: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that one token streams."""
+        return max(1, sum(operator.count * weight_bytes(operator.case) for operator in self.operators))
 
     def layer(self, matrix: Case) -> Case:
         """The layer of this width with matrices of that kind, as chains of layers have it in the table."""
@@ -128,21 +133,28 @@ class Clock:
     def run_us(self, work: Workload, point: Point) -> float:
         """Rules 1 and 3."""
         beside = self.profile.step_us or 0.0 if work.kind == "decoder" else 0.0
-        return (self.profile.run_us or 0.0) + beside + self.sum_us(work, [(operator, Point(1, point.context) if operator.last else point) for operator in work.operators])
+        return (
+            (self.profile.run_us or 0.0)
+            + beside
+            + self.sum_us(work, [(operator, Point(1, point.context) if operator.last else point) for operator in work.operators])
+        )
+
+    def matrix_us(self, work: Workload, case: Case, point: Point) -> float:
+        """A matrix among the others of `work`: rule 3, where the table has its kernel."""
+        alone = self.us(case, point)
+        return alone * self.table.together(work.layer(case), point, work.streamed_bytes) if self.tabled(case) else alone
 
     def sum_us(self, work: Workload, placed: Sequence[tuple[Operator, Point]]) -> float:
-        """Rule 3 over operators, each at its own sizes; those on the last token alone count as they are."""
+        """Rule 3 over operators, each at its own sizes."""
         total = plain = weight = weighted = 0.0
         for operator, point in placed:
             us = operator.count * self.us(operator.case, point)
-            if operator.last:
-                total += us
-            elif operator.case.op in MATRICES and self.tabled(operator.case):
-                factor = self.table.together(work.layer(operator.case), point)
-                weight, weighted = weight + us, weighted + us * factor
+            if operator.case.op in MATRICES and self.tabled(operator.case):
+                among = operator.count * self.matrix_us(work, operator.case, point)
+                total, weight, weighted = total + among, weight + us, weighted + among
             else:
                 plain += us
-        return total + weighted + plain * (weighted / weight if weight else 1.0)
+        return total + plain * (weighted / weight if weight else 1.0)
 
 
 def predict(work: Workload, profile: Profile, conditions: Conditions | None = None) -> Prediction:

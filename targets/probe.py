@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from targets.errors import TargetError
+from targets.gpu import has_gpu, probe_gpu
 from targets.kernels import Case, CaseRun, Point, case_model, cases, copies, open_case, open_model
 from targets.passes import CHAINS, PASSES, ChainPasses, Timing
 from targets.profile import KernelTime, Profile, Provenance, here, with_measured
@@ -35,19 +36,20 @@ STORAGE_BYTES = 64 << 20
 GEMM = (1024, 1024, 512)  # K, N, M of the two headline figures
 RUNS_LEAST = 3
 DEFAULT_SECONDS = 60.0
-CHAIN_SHARE = 0.4
+CHAIN_SHARE, GPU_SHARE = 0.4, 0.1
 
 
 Measure = Callable[[], tuple[float, Timing]]
 
 
-def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, threads: int = 0, folder: Path | None = None) -> Profile:
+def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, threads: int = 0, folder: Path | None = None, gpu: bool | None = None) -> Profile:
     """A profile of this machine with measured speeds.
 
     seconds  budget for all; every measurement gets a share, and runs at least three times
     threads  as many as a bundle will use; 0 = all cores of this process
     folder   where the storage is measured; the system's temporary folder when None
-    Raises TargetError when the budget is not a positive number or onnxruntime is missing.
+    gpu      measure the GPU too (GPU_SHARE of the budget); None: where this build of onnxruntime runs on one
+    Raises TargetError when the budget is not a positive number, onnxruntime is missing, or a GPU is asked for and onnxruntime cannot run on it.
     """
     if not (seconds > 0 and np.isfinite(seconds)):
         raise TargetError("probe", expected="a positive number of seconds", found=str(seconds), remedy="30 to 120 seconds are usual")
@@ -59,19 +61,22 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
     tell = report or (lambda what, done, of: None)
     started = time.perf_counter()
     measured: dict[str, tuple[Any, Provenance]] = {}
+    if gpu or (gpu is None and has_gpu()):
+        tell("the GPU", 0, total)
+        measured |= probe_gpu(GPU_SHARE * seconds, repeat)
     for done, (name, note, measure) in enumerate(headline):
         tell(note, done, total)
         value, timing = measure()
         measured[name] = (round(value, 4), _source(note, timing))
     with Spin(threads) as spin:
-        chains = ChainPasses(threads, spin)
+        chains = ChainPasses(threads, profile.memory_bytes, spin)
         kernels = _table(rows, chains, started + seconds, lambda what, done: tell(what, done + len(headline), total))
     step = chains.step()
     if step is not None:
         note = "a mask, small operators and the largest of 32768 logits, between runs of a chain of layers"
         measured["step_us"] = (round(step[0], 2), _source(note, step[1]))
     tell("done", total, total)
-    skipped = len(rows) + len(CHAINS) - len({(row.op, row.bits, row.block, row.k, row.n, row.symmetric) for row in kernels})
+    skipped = len(rows) + len(CHAINS) - len({(row.op, row.bits, row.block, row.k, row.n, row.symmetric, row.layers) for row in kernels})
     note = f"onnxruntime kernels, {threads} threads, {time.perf_counter() - started:.0f} s" + (
         f"; {skipped} of {len(rows) + len(CHAINS)} kernels left out for lack of time" if skipped else ""
     )

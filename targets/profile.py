@@ -55,7 +55,8 @@ class Provenance:
 class KernelTime:
     """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column).
 
-    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m.
+    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m. layers: of a chain, of
+    which `us` is one.
     """
 
     op: str
@@ -68,6 +69,7 @@ class KernelTime:
     us: float
     symmetric: bool = True
     context: int = 0
+    layers: int = 1
 
     @property
     def gop_s(self) -> float:
