@@ -94,7 +94,8 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads(profile), progress.update)]
     timed = {name: value for name, value in asked.limits.items() if PERCENTILE.fullmatch(name) and value > 0}
     left = max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
-    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, threads=threads(profile), adapter=adapter)
+    how: dict[str, Any] = {"threads": threads(profile), "adapter": adapter, "spin_ms": (profile.spin_ms or 0.0) if profile.is_here else 0.0}
+    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, **how)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
@@ -114,6 +115,7 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
         blamed=blamed(known.stages),
         merged=known.merged,
         conditions=", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed"),
+        crowded=result.crowded,
     )
     return measured, {**{f"{name}_ms": values for name, values in series.items()}, "dropped": result.dropped}
 

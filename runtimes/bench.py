@@ -11,7 +11,7 @@ The protocol of the child process (`measure_in_child` is its other end). One JSO
      "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
      "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048,
                 "percentile": 95, "limit": 400, "confidence": 0.995, "estimate": ..., "lower": ..., "upper": ...}],
-     "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}}
+     "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}, "crowded": ""}
 
 Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of JSON
 {"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
@@ -56,6 +56,7 @@ class BenchOptions:
 
     seconds caps the time of samples that count, max_seconds that of all sampling, disturbed windows included (0: three times `seconds`).
     adapter  the unmerged adapter that answers, "" for none
+    spin_ms  what the reference kernel takes when this machine is quiet, by its profile; 0 where nobody knows
     """
 
     prompt_tokens: int = 128
@@ -70,6 +71,7 @@ class BenchOptions:
     seconds: float = 120.0
     max_seconds: float = 0.0
     adapter: str = ""
+    spin_ms: float = 0.0
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ class BenchResult:
     looks: int
     tests: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
+    crowded: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -135,7 +138,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
     call = _decoder_call(bundle, settings, options) if bundle.kind == "decoder" else _encoder_call(bundle, settings, options)
     load_s = time.perf_counter() - started
     budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
-    with Spin(settings.resolved_threads()) as spin:
+    with Spin(settings.resolved_threads(), known_ms=options.spin_ms) as spin:
         samples = collect(call, limits, budget, spin, report)
     names = list(options.limits)
     return BenchResult(
@@ -153,6 +156,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
         looks=samples.looks,
         tests=_tests(names, samples),
         environment=environment(),
+        crowded=samples.crowded,
     )
 
 
