@@ -1,6 +1,6 @@
 """Prediction against measurement on this machine: SmolLM2 at several schemes and MiniLM, after a probe.
 
-    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g32,fp32] [--encoder-schemes fp32] [--steps build,measure,probe,measure,report]
+    python benchmarks/predict.py [--seconds 75] [--schemes int4-g64,int8-g32,fp32] [--encoder-schemes fp32] [--steps build,measure,probe,measure,report]
 
 Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower
 quartile of the requests of all rounds, as the kernel table's is of its runs. A round is measured before the probe and one after it, so that both see the same
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from compiler.commands import probe_target
 from compiler.progress import Progress
@@ -57,7 +58,7 @@ def compare(bundle: Path, name: str, profile: Profile, results: Sequence[Mapping
     told = predict(exported_workload(bundle), profile, Conditions())
     found = {}
     for series in SERIES[results[0]["kind"]]:
-        found[series] = statistics.quantiles([value for result in results for value in result["series"][series]], n=4)[0]
+        found[series] = float(np.quantile([value for result in results for value in result["series"][series]], 0.25))
     found |= {"peak_rss_mb": results[0]["peak_rss_mb"], "load_s": min(result["load_s"] for result in results)}
     return [
         {"system": name, "metric": metric, "predicted": told.figures[metric].value, "measured": value, "error": told.figures[metric].value / value - 1}
@@ -74,7 +75,7 @@ def tell(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--schemes", default="int4-g64,int8-g32,fp32")
     parser.add_argument("--encoder-schemes", default="fp32")
     parser.add_argument("--steps", default=STEPS, help="of build, measure, probe and report, in this order; with --work each may be a command of its own")

@@ -60,7 +60,7 @@ def targets_show(profile: str, as_json: bool) -> None:
 
 
 @targets_group.command("probe")
-@click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Time budget.")
+@click.option("--seconds", type=click.FloatRange(5), default=75.0, show_default=True, help="Time budget.")
 @click.option("--out", type=click.Path(path_type=Path), help="Profile file to write as well, for other machines to plan with.")
 @click.option("--gpu/--no-gpu", default=None, help="Measure the GPU too, through onnxruntime's CUDA provider. Default: where that provider is there.")
 @AS_JSON

@@ -25,6 +25,7 @@ from targets.spin import Spin
 FIRST_FAIL_LOOK = 24
 FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
 DEPENDENCE_ROOM = 1.25  # times the fewest samples that can pass: even independent ones look a little dependent, and the next look is at twice as many
+CALIBRATIONS = 9
 CROWDED = 8.0  # two threads that share two processors with three others and wait for each other lose less
 BUSY_FACTOR = 3  # times the caps, dropped windows included
 WARMUP_MOST = 8
@@ -136,7 +137,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         raise TrimtabError(
             "limits", expected=f"series among {', '.join(first)}", found=", ".join(unknown), remedy="choose another limit for this kind of bundle"
         )
-    spin.calibrate(call, count=9)
+    spin.calibrate(call, count=min(CALIBRATIONS, max(3, budget.least)))  # who wants three requests for their memory waits for no more
     spin.crowded()  # from here on
     questions = [_Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
