@@ -30,6 +30,7 @@ from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder
 from compiler.evaluation.data import load_rows
 from compiler.evaluation.run import ChatFormat
+from compiler.evaluation.statistics import cluster_interval
 from compiler.quantizers.windows import calibration_set
 from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
@@ -111,7 +112,7 @@ def make_reference(checkpoint: Checkpoint, text: Path, count: int, work: Path) -
 
 def result(system: str, size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> dict[str, Any]:
     groups = np.repeat(np.arange(windows), len(kl) // windows)
-    low, high = decoder.cluster_interval(kl, groups)
+    low, high = cluster_interval(kl, groups)
     return {"system": system, "file_mb": size_mb, "kl_mean": float(kl.mean()), "low": low, "high": high, "top1_agreement": float(same.mean())}
 
 

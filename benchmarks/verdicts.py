@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.collect import FIRST_FAIL_LOOK, Limit, _Question
+from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
@@ -105,7 +105,7 @@ PROCESSES: dict[str, Process] = {
 
 def judged(values: Sequence[float], percentile: float, limit: float, confidence: float = CONFIDENCE) -> tuple[str, int]:
     """(outcome, samples) of the sampler's looks at one series of latencies."""
-    question = _Question(Limit("x", percentile, limit), confidence)
+    question = Question(Limit("x", percentile, limit), confidence)
     at, count = FIRST_FAIL_LOOK, len(values)
     while question.result is None and at < count:
         question.look(values[:at])
@@ -139,7 +139,7 @@ def drift_rates(rise: float, percentile: float, trials: int, seed: int = 0) -> d
             centre = (low + high) / 2
             over = np.mean([1 - normal.cdf(x) for x in (centre - middle) / SPREAD])
             low, high = (centre, high) if over > 1 - percentile / 100 else (low, centre)
-        question = _Question(Limit("x", percentile, float(np.exp((low + high) / 2))), CONFIDENCE)
+        question = Question(Limit("x", percentile, float(np.exp((low + high) / 2))), CONFIDENCE)
         outcomes += [question._test(drifting(rise)(rng, count, percentile).tolist(), 1).outcome for _ in range(trials)]
     return {"trials": len(outcomes), "pass": outcomes.count(PASS) / len(outcomes), "fail": outcomes.count(FAIL) / len(outcomes)}
 

@@ -29,6 +29,7 @@ from compiler.errors import DeltaError, RecipeError
 from compiler.evaluation import decoder, encoder
 from compiler.evaluation.data import EvaluationSet
 from compiler.evaluation.run import ChatFormat
+from compiler.evaluation.statistics import cluster_interval, paired_drop
 from compiler.progress import Progress
 from compiler.reference import match_tensors, reference_model
 from compiler.resume import Resumable
@@ -232,10 +233,10 @@ def _row(name: str, swaps: Sequence[Swap], out: tuple[Losses, Losses], alone: tu
     row: dict[str, Any] = {"group": name, "tensors": len(swaps)}
     for key, (worse, better) in (("leave_out", out), ("alone", alone)):
         change = worse.values - better.values
-        low, high = decoder.cluster_interval(change, worse.groups, seed)
+        low, high = cluster_interval(change, worse.groups, seed)
         bounds = [bound if np.isfinite(bound) else None for bound in (low, high)]
         row[key] = {"value": float(change.mean()), "low": bounds[0], "high": bounds[1]}
-        row[key]["accuracy"] = None if worse.right is None or better.right is None else decoder.paired_drop(better.right, worse.right)
+        row[key]["accuracy"] = None if worse.right is None or better.right is None else paired_drop(better.right, worse.right)
     return row
 
 

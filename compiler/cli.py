@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from compiler.cli_bench import bench_command
+from compiler.cli_compare import compare_command
 from compiler.cli_delta import delta_group
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
@@ -227,6 +228,7 @@ def export_command(base: str, deltas: tuple[str, ...], scheme: str, task: str | 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", help="Profile name or file; default: the bundle's own target.")
 @LIMITS
+@click.option("--scenario", "scenarios", multiple=True, metavar="KEY=VALUE", help="Laid over the bundle's own scenarios, e.g. server.rate_per_s=2.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.html and report.json.")
 @JUNIT
 @MAX_SECONDS
@@ -237,11 +239,12 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
     \b
     Example:
       trimtab validate out/support-assistant-here --limit tpot_p95_ms=12
+      trimtab validate out/support-assistant-here --scenario server.rate_per_s=2 --limit server.latency_p95_ms=4000
     """
     from compiler.judge import validate_bundle, write_folder, write_junit
     from compiler.report.summary import print_report, summary_line
 
-    outcome = validate_bundle(bundle, target, limits, _progress(as_json), options["max_seconds"])
+    outcome = validate_bundle(bundle, target, limits, _progress(as_json), options["max_seconds"], options["scenarios"])
     if options["report"]:
         write_folder(outcome.document, options["report"])
     if options["junit"]:
@@ -325,5 +328,6 @@ def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
 
 
 cli.add_command(bench_command)
+cli.add_command(compare_command)
 cli.add_command(delta_group)
 cli.add_command(targets_group)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compiler.attached import heaviest
 from compiler.evaluation.attribution import blamed
-from compiler.limits import PERCENTILE, plain
+from compiler.limits import PERCENTILE, bare, covers, plain
 from compiler.progress import Progress
 from compiler.record import Stopwatch
 from compiler.report.verdict import Check, Verdict
+from compiler.scenarios import Scenarios
 from compiler.stages import package
-from compiler.stages.validate import FAITHFUL, Measured, built_in, checks
+from compiler.stages.validate import FAITHFUL, Measured, built_in, checks, scene_of
 from compiler.store import writing
 from runtimes.behaviours import Finding, behaviours
+from runtimes.bench import BenchOptions, BenchResult, measure_in_child
 from runtimes.bundle import open_bundle
+from runtimes.confine import confinement
 from targets.machine import usable_cores
 from targets.profile import Profile, fingerprint, load_profile
 
@@ -75,11 +78,17 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Asked:
-    """What to find out: limits by name, accuracy metrics to report besides them (empty for all), seconds that measuring may take in all (0: no cap)."""
+    """What to find out: limits by name, accuracy metrics to report besides them (empty for all), seconds that measuring may take in all (0: no cap), and the
+    scenarios besides one request after another."""
 
     limits: Mapping[str, float]
     metrics: Sequence[str] = ()
     max_seconds: float = 0.0
+    scenarios: Scenarios = field(default_factory=Scenarios)
+
+    def reports(self, name: str) -> bool:
+        """Whether an accuracy metric is shown. On other data than the task's, `metrics: [kl_mean]` asks for `typos.kl_mean` too."""
+        return not self.metrics or bool({plain(name), bare(name)} & set(self.metrics)) or any(covers(limit, name) for limit in self.limits)
 
 
 def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, progress: Progress) -> tuple[Measured, dict[str, Any]]:
@@ -88,36 +97,71 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     After `asked.max_seconds` no further process is started and no further sample taken: what is undecided then is INCONCLUSIVE.
     Of several unmerged adapters the one with the largest products answers: the others take less time and memory.
     """
-    from runtimes.bench import BenchOptions, measure_in_child
-
     watch, adapter = Stopwatch(), heaviest(open_bundle(bundle).model)
     found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads(profile), progress.update)]
     timed = {name: value for name, value in asked.limits.items() if PERCENTILE.fullmatch(name) and value > 0}
-    left = max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
-    how: dict[str, Any] = {"threads": threads(profile), "adapter": adapter, "spin_ms": (profile.spin_ms or 0.0) if profile.is_here else 0.0}
-    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, left or MEASURE_SECONDS), max_seconds=left, **how)
+
+    def left() -> float:
+        return max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
+
+    small = confinement(profile)
+    confined: dict[str, Any] = {"cores": small.cores, "core_threads": small.threads, "memory_bytes": small.memory_bytes}
+    first = left()
+    how = {"threads": threads(profile), "adapter": adapter, "spin_ms": (profile.spin_ms or 0.0) if profile.is_here else 0.0, **confined}
+    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, first or MEASURE_SECONDS), max_seconds=first, **how)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
         fresh.append(measure_in_child(bundle, short))
-    series = {name.removesuffix("_ms"): values for name, values in result.series.items() if name.endswith("_ms")}
-    shown = {name: metric for name, metric in known.accuracy.items() if not asked.metrics or plain(name) in (*asked.metrics, *asked.limits)}
+    scenes = []
+    for more in asked.scenarios.measurements(asked.limits):
+        if asked.max_seconds and watch.seconds >= asked.max_seconds:
+            break
+        cap = left()
+        scene = replace(options, **{"limits": {}, **more}, seconds=min(MEASURE_SECONDS, cap or MEASURE_SECONDS), max_seconds=cap)
+        scenes.append(measure_in_child(bundle, scene, _counter(progress, scene.scene)))
+    return _gathered(bundle, asked, known, profile, (result, fresh, scenes, found))
+
+
+def _counter(progress: Progress, scene: str) -> Callable[[int, int, float], None]:
+    return lambda done, most, _: progress.update(f"{scene} requests", done, most)
+
+
+Results = tuple[BenchResult, list[BenchResult], list[BenchResult], list[Check]]  # single-stream, fresh processes, other scenarios, behaviours
+
+
+def _gathered(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, results: Results) -> tuple[Measured, dict[str, Any]]:
+    result, fresh, scenes, found = results
+    every = [result, *(one for one in scenes if one.conditions["scene"] != "cold")]
+    series = {name.removesuffix("_ms"): values for one in every for name, values in one.series.items() if name.endswith("_ms")}
+    cold = [value for one in scenes for value in one.series.get("cold_start_ms", ())]
+    scalars = {name: [float(getattr(one, name)) for one in fresh] for name in ("peak_rss_mb", "load_peak_rss_mb", "load_s")}
+    told = {one.conditions.get("scene", "single"): conditions(one) for one in [result, *scenes]}
+    dropped = {one.conditions.get("scene", "single"): one.dropped for one in every}
     measured = Measured(
         size_mb=package.device_bytes(bundle) / 1e6,
-        accuracy=shown,
+        accuracy={name: metric for name, metric in known.accuracy.items() if asked.reports(name)},
         series=series,
-        scalars={"peak_rss_mb": [one.peak_rss_mb for one in fresh], "load_s": [one.load_s for one in fresh]},
-        medians={name: values for name, values in result.series.items() if name.endswith("_tok_s")},
-        tests={test["name"]: test for test in result.tests},
-        dropped=result.dropped,
+        scalars={**scalars, **({"cold_start_ms": cold} if cold else {})},
+        medians={name: values for one in every for name, values in one.series.items() if name.endswith("_s")},
+        tests={test["name"]: test for one in every for test in one.tests},
+        dropped=dropped,
         here=profile.fingerprint == fingerprint(),
         built_in=[*found, *([known.faithful] if known.faithful else [])],
         blamed=blamed(known.stages),
         merged=known.merged,
-        conditions=", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed"),
-        crowded=result.crowded,
+        conditions=told,
+        emulated=result.emulated,
+        crowded=next((one.crowded for one in every if one.crowded), ""),
     )
-    return measured, {**{f"{name}_ms": values for name, values in series.items()}, "dropped": result.dropped}
+    counts = {f"{name}_ms": dropped[scene_of(name)] for name in series}
+    document: dict[str, Any] = {f"{name}_ms": values for name, values in series.items()}
+    return measured, {**document, "dropped": counts if scenes else result.dropped}
+
+
+def conditions(result: BenchResult) -> str:
+    """ "scene server, prompt_tokens 128, new_tokens 32, ..." """
+    return ", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed")
 
 
 def behaviour_check(finding: Finding) -> Check:
@@ -138,12 +182,14 @@ def write_reports(document: Mapping[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(render_html(document), encoding="utf-8")
 
 
-def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], progress: Progress, max_seconds: float = 0.0) -> Outcome:
-    """Verify a bundle, let it answer its self-test, measure it here and judge it by its own limits with `limits` laid over.
+def validate_bundle(
+    bundle: Path, target: str | None, limits: Sequence[str], progress: Progress, max_seconds: float = 0.0, scenarios: Sequence[str] = ()
+) -> Outcome:
+    """Verify a bundle, let it answer its self-test, measure it here and judge it by its own limits and scenarios with `limits` and `scenarios` laid over.
 
     Accuracy is taken from the manifest's records: it belongs to the bytes, which were just verified, not to the machine.
     """
-    from compiler.recipe import parse_limits
+    from compiler.recipe import parse_limits, parse_scenarios
     from compiler.report.document import load_document
     from runtimes.bundle import verify_bundle
     from runtimes.selftest import run_selftest
@@ -155,14 +201,20 @@ def validate_bundle(bundle: Path, target: str | None, limits: Sequence[str], pro
     manifest = open_bundle(bundle).manifest
     profile = load_profile(target or manifest["target"]["id"])
     built = load_document(bundle / "report.json")
-    asked = Asked({**manifest["limits"], **extra}, max_seconds=max_seconds)
+    wanted = {**manifest["limits"], **extra}
+    asked = Asked(wanted, max_seconds=max_seconds, scenarios=parse_scenarios(scenarios, manifest.get("scenarios", {}), wanted))
     if not target and manifest["target"]["fingerprint"]:
         profile = replace(profile, fingerprint=manifest["target"]["fingerprint"])
     with progress.stage("measure", "behaviours, latency and memory on this machine"):
         measured, series = measure(bundle, asked, Evaluated.read(built, _evaluated(manifest)), profile, progress)
     verdict = Verdict(profile.id, checks(asked.limits, measured))
-    document = {**built, "verdict": verdict.as_dict(), "latency": series, "target": {**built["target"], "id": profile.id}}
+    document = {**built, "verdict": verdict.as_dict(), "latency": series, "target": {**built["target"], "id": profile.id, **emulation(measured)}}
     return Outcome(document, verdict.exit_code, bundle, None)
+
+
+def emulation(measured: Measured) -> dict[str, Any]:
+    """What the report says of a machine that another one stood in for; nothing where none did."""
+    return {"emulation": measured.emulated} if measured.emulated else {}
 
 
 def write_folder(document: Mapping[str, Any], folder: Path) -> None:

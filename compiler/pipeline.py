@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from compiler import attached, auto, judge
+from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
-from compiler.evaluation.data import EvaluationSet, load_rows
+from compiler.evaluation.data import EvaluationSet
+from compiler.evaluation.suite import Suite, recipe_suite
+from compiler.evaluation.tables import robustness, side_effects
 from compiler.foresight import foresee
+from compiler.history import family_key, point_of, position, remember
 from compiler.judge import Outcome
 from compiler.plan import Plan, Step, make_plan
 from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
-from compiler.record import Record, Stopwatch, peak_rss_mb, versions
+from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
@@ -31,7 +35,8 @@ from compiler.stages import package
 from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrices, resolve_method
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
-from targets.profile import Profile, load_profile
+from runtimes.bundle import REPORTS
+from targets.profile import Profile, fingerprint, load_profile
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -40,17 +45,12 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
     return load_profile(str(file) if file.suffix in (".yaml", ".yml") and file.is_file() else item.profile)
 
 
-def _recipe_data(recipe: Recipe) -> EvaluationSet:
-    path = recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
-    return load_rows(path, recipe.evaluate.limit_rows)
-
-
-def _plan(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, schemes: Schemes | None = None) -> Plan:
+def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
     schemes = schemes or recipe.quantize.schemes
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
-    evaluate = {"data": data.digest, "rows": len(data.rows), "seed": recipe.seed}
+    evaluate = {**suite.parts, "seed": recipe.seed}
     quantize = None
     if options["road"] == export_stage.DECODER:
         quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
@@ -75,11 +75,11 @@ def _calibration_text(recipe: Recipe) -> EvaluationSet:
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    return [_foreseen(recipe, sources, data, target, store) for target in recipe.targets]
+    sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    return [_foreseen(recipe, sources, suite, target, store) for target in recipe.targets]
 
 
-def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: TargetItem, store: Store) -> dict[str, Any]:
+def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, store: Store) -> dict[str, Any]:
     profile, chosen = _profile(recipe, target), None
     if recipe.quantize.auto:
         step = _sensitivity_step(recipe, sources)
@@ -90,7 +90,7 @@ def _foreseen(recipe: Recipe, sources: Sources, data: EvaluationSet, target: Tar
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
     schemes = chosen.schemes if chosen else recipe.quantize.schemes
-    plan = _plan(recipe, sources, data, target, schemes)
+    plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
@@ -113,8 +113,8 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources, data = mixture_of(recipe).open(), _recipe_data(recipe)
-    run = Run(recipe, sources, data, store, progress, max_seconds)
+        sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
@@ -124,7 +124,7 @@ class Run:
 
     recipe: Recipe
     sources: Sources
-    data: EvaluationSet
+    suite: Suite
     store: Store
     progress: Progress
     max_seconds: float = 0.0  # cap on measuring one target; 0 for none
@@ -148,7 +148,7 @@ class Run:
 
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
-        plan = _plan(self.recipe, self.sources, self.data, item, self.chosen.schemes if self.chosen else None)
+        plan = _plan(self.recipe, self.sources, self.suite, item, self.chosen.schemes if self.chosen else None)
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
         codes, quantized = self._quantize(plan, self.sources)
         exported, export_record = self._export(plan, self.sources, codes)
@@ -158,19 +158,30 @@ class Run:
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
-            facts = self._facts(profile, item.limits, summary["model"], records)
+            facts = self._facts(profile, item, summary["model"], records)
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
                 watch = Stopwatch()
-                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds)
+                asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds, item.scenarios)
                 measured, series = judge.measure(work, asked, judge.Evaluated.of(evaluation), profile, self.progress)
-            records.append(Record("measure", "", [], [], {"conditions": measured.conditions}, seconds=watch.seconds, peak_rss_mb=peak_rss_mb()))
+            records.append(Record("measure", "", [], [], {"conditions": dict(measured.conditions)}, **watch.account))
             verdict = Verdict(profile.id, checks(item.limits, measured))
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
+            document["target"] |= judge.emulation(measured)
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
             document["adapters"] = self._cost(item, profile, work, summary["model"])
+            document |= self._standing(plan, document, verdict)
             return _finish(work, place, document, facts, verdict)
+
+    def _standing(self, plan: Plan, document: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+        """Where this build stands among earlier ones, and what it saves."""
+        made = {"economics": economics(self.recipe.cost, document, delta_bytes(self.recipe))}
+        point = point_of(plan.step("export").key, document["model"]["scheme"], verdict.checks, fingerprint())
+        if point is not None:
+            points = remember(self.store, family_key(self.sources.identity, self.suite.data.digest), point)
+            made["position"] = position(points, fingerprint())
+        return made
 
     def _cost(self, item: TargetItem, profile: Profile, work: Path, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What leaving deltas unmerged costs, measured on the heaviest of them against its merged twin; nothing where all are merged."""
@@ -178,7 +189,7 @@ class Run:
         if not name:
             return []
         twin = self.sources.attached[name]
-        plan = _plan(self.recipe, twin, self.data, item, self.chosen.schemes if self.chosen else None)
+        plan = _plan(self.recipe, twin, self.suite, item, self.chosen.schemes if self.chosen else None)
         exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
@@ -198,8 +209,9 @@ class Run:
                 with self.store.make(step.key) as work:
                     quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
         read = [sources.merged.digest]
-        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
-        return self.store.place(step.key), [record]
+        place = self.store.place(step.key)
+        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
+        return place, [record]
 
     def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
@@ -210,7 +222,8 @@ class Run:
                     export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
-        record = Record("export", step.key, [sources.merged.digest], wrote, dict(step.params), cached is not None, watch.seconds, peak_rss_mb())
+        known = [sources.merged.digest]
+        record = Record("export", step.key, known, wrote, dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
         return place, record
 
     def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
@@ -218,10 +231,10 @@ class Run:
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
-        with self.progress.stage("evaluate", f"{len(self.data.rows)} rows of {self.data.origin}" + (" (cached)" if cached else "")):
+        with self.progress.stage("evaluate", f"{len(self.suite.data.rows)} rows of {self.suite.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
                 files = Exported(exported, codes_in(codes) if codes else None)
-                base, how = self.sources.merge.base, (files, self.data, self.progress.update, self.recipe.seed)
+                base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
                 else:
@@ -231,15 +244,17 @@ class Run:
         place = cached or self.store.place(step.key)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
-        return result, Record("evaluate", step.key, [self.data.digest], [], values, cached is not None, watch.seconds, peak_rss_mb())
+        return result, Record("evaluate", step.key, self.suite.digests, [], values, cached is not None, **watch.account)
 
-    def _facts(self, profile: Profile, limits: Mapping[str, float], model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""
         recipe = self.recipe.model_dump(mode="json")
-        steps = [{key: value for key, value in record.as_dict().items() if key not in ("seconds", "peak_rss_mb", "cached")} for record in records]
+        steps = [{key: value for key, value in record.as_dict().items() if key not in RUN_FACTS} for record in records]
         lineage = {**self.sources.lineage, "recipe": recipe, "tools": versions()}
         target = {"id": profile.id, "fingerprint": profile.fingerprint}
-        return {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(limits), "records": steps}
+        facts = {"name": self.recipe.name, "target": target, "model": dict(model), "lineage": lineage, "limits": dict(item.limits), "records": steps}
+        scenarios = item.scenarios.model_dump(mode="json", exclude_none=True)
+        return facts | ({"scenarios": scenarios} if scenarios else {})
 
     def _selftest(self, work: Path) -> None:
         from runtimes.bundle import open_bundle
@@ -277,6 +292,8 @@ def _document(
         "task": evaluation["task"],
         "samples": evaluation["samples"],
         "evaluation": evaluation.get("data", {}),
+        "robustness": robustness(evaluation["metrics"]),
+        "side_effects": side_effects(evaluation["metrics"]),
     }
 
 
@@ -284,7 +301,7 @@ def _finish(work: Path, place: Path, document: dict[str, Any], facts: Mapping[st
     """Write the reports; publish on PASS, else leave only the reports beside the place where the bundle would have been."""
     from compiler.report.markdown import model_card
 
-    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in package.REPORTS]
+    document["files"] = [row for row in package.write_manifest(work, facts)["files"] if row["path"] not in REPORTS]
     with writing(work):
         judge.write_reports(document, work)
         (work / "README.md").write_text(model_card(document), encoding="utf-8")

@@ -6,29 +6,27 @@ nearest key that exists; a number that is not finite is an error; nothing is gue
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
+from compiler.economics import Alternative, Cost
 from compiler.errors import RecipeError
-from compiler.limits import quantity
+from compiler.evaluation.noise import NOISES
+from compiler.limits import CONTROL, CUSTOM, EVERY_NOISE, bare, needed_data, quantity
+from compiler.scenarios import Batch, ColdStart, Part, Scenarios, Server
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 DIGEST = r"^[0-9a-f]{64}$"
-
-
-class Part(BaseModel):
-    """A piece of a recipe: frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DeltaItem(Part):
@@ -147,11 +145,19 @@ class Quantize(Part):
 
 
 class Evaluate(Part):
-    """Data to compare the bundle with the merged fp32 model on: text, JSONL chats (`messages`) or labelled rows (`text`, `label`)."""
+    """Data to compare the bundle with the merged fp32 model on (compiler.evaluation.data lists the forms of rows).
+
+    noise    kinds of noise to evaluate the same data with: names of rows of `compiler.evaluation.noise.NOISES`, or `all`
+    control  data outside of the task that the deltas were trained for, or `builtin`
+    custom   metrics of the user's own: name -> `module:function`, or an entry point of the group trimtab.metrics
+    """
 
     data: str | None = None  # None: the built-in text
     metrics: Sequence[str] = ()
     limit_rows: int | None = Field(default=None, ge=1)
+    noise: Sequence[str] | Literal["all"] = ()
+    control: str | None = None
+    custom: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")], str] = Field(default_factory=dict)
 
     @field_validator("metrics")
     @classmethod
@@ -160,12 +166,33 @@ class Evaluate(Part):
             quantity(name, "evaluate.metrics")
         return metrics
 
+    @field_validator("noise")
+    @classmethod
+    def known_noise(cls, noise: Sequence[str] | str) -> Sequence[str] | str:
+        for name in noise if noise != "all" else ():
+            if name not in NOISES:
+                expected = f"all, or some of {', '.join(NOISES)}"
+                raise RecipeError("evaluate.noise", expected=expected, found=repr(name), remedy=nearest(name, NOISES))
+        return noise
+
+    @property
+    def noises(self) -> tuple[str, ...]:
+        return tuple(NOISES) if self.noise == "all" else tuple(self.noise)
+
+    def has(self, name: str) -> bool:
+        """Whether what a limit needs is evaluated: `typos.kl_mean` needs that noise, `control.kl_mean` a control set, `custom.polite` that function."""
+        data, metric = needed_data(name), bare(name)
+        own = metric.removeprefix("custom.").removesuffix("_drop") if CUSTOM.fullmatch(metric) else None
+        there = bool(self.control) if data == CONTROL else bool(self.noises) if data == EVERY_NOISE else not data or data in self.noises
+        return there and (own is None or own in self.custom or metric.removeprefix("custom.") in self.custom)
+
 
 class TargetItem(Part):
     """A machine and what the bundle must not exceed on it."""
 
     profile: str = "here"
     limits: Mapping[str, float] = Field(default_factory=dict)
+    scenarios: Scenarios = Scenarios()
 
     @field_validator("limits")
     @classmethod
@@ -188,6 +215,7 @@ class Recipe(Part):
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
     targets: Sequence[TargetItem] = (TargetItem(),)
+    cost: Cost = Cost()
     task: str | None = None
     max_length: int | None = Field(default=None, ge=16)
     seed: int = 0
@@ -199,6 +227,17 @@ class Recipe(Part):
         if self.deltas.mode == "attached" and self.combine != CombineItem():
             found = f"{self.combine.method!r} with deltas.mode attached"
             raise RecipeError("combine", expected="nothing: attached deltas are not combined", found=found, remedy="remove combine, or mode")
+        return self
+
+    @model_validator(mode="after")
+    def limits_have_what_measures_them(self) -> Recipe:
+        for item in self.targets:
+            for name in item.limits:
+                item.scenarios.require(name)
+                if not self.evaluate.has(name):
+                    key = "custom" if bare(name).startswith("custom.") else CONTROL if needed_data(name) == CONTROL else "noise"
+                    found = "nothing that measures it"
+                    raise RecipeError(f"targets.limits.{name}", expected=f"what it needs under evaluate.{key}", found=found, remedy=f"add evaluate.{key}")
         return self
 
     @field_validator("deltas", mode="before")
@@ -253,11 +292,25 @@ def parse_limits(settings: Sequence[str]) -> dict[str, float]:
         raise _first_problem(error, Path("--limit")) from error
 
 
-def _override(raw: dict[str, Any], setting: str) -> None:
+def parse_scenarios(settings: Sequence[str], known: Mapping[str, Any], limits: Mapping[str, float]) -> Scenarios:
+    """`["server.rate_per_s=2"]` laid over known scenarios. Raises RecipeError for what is none, and for a limit of a scenario that is not there."""
+    raw: dict[str, Any] = copy.deepcopy(dict(known))
+    for setting in settings:
+        _override(raw, setting, "--scenario")
+    try:
+        found = Scenarios.model_validate(raw)
+    except ValidationError as error:
+        raise _first_problem(error, Path("--scenario"), inside=("scenarios",)) from error
+    for name in limits:
+        found.require(name, "--scenario")
+    return found
+
+
+def _override(raw: dict[str, Any], setting: str, option: str = "--set") -> None:
     """`quantize.scheme=int4-g32` or `targets.0.limits.size_mb=90` laid over the raw mapping."""
     key, separator, text = setting.partition("=")
     if not separator or not key:
-        raise RecipeError(f"--set {setting}", expected="key.path=value", found="no `=`", remedy="for example --set quantize.scheme=int4-g32")
+        raise RecipeError(f"{option} {setting}", expected="key.path=value", found="no `=`", remedy="for example --set quantize.scheme=int4-g32")
     node: Any = raw
     parts = key.split(".")
     for part in parts[:-1]:
@@ -266,27 +319,30 @@ def _override(raw: dict[str, Any], setting: str) -> None:
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
-            raise RecipeError(f"--set {setting}", expected=f"a mapping or a list entry at {part!r}", found=type(node).__name__, remedy="check the path")
+            raise RecipeError(f"{option} {setting}", expected=f"a mapping or a list entry at {part!r}", found=type(node).__name__, remedy="check the path")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {setting}", expected="a YAML value", found=repr(text), remedy="quote the value") from error
+        raise RecipeError(f"{option} {setting}", expected="a YAML value", found=repr(text), remedy="quote the value") from error
     if isinstance(node, list) and parts[-1].isdigit() and int(parts[-1]) < len(node):
         node[int(parts[-1])] = value
     elif isinstance(node, dict):
         node[parts[-1]] = value
     else:
-        raise RecipeError(f"--set {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
+        raise RecipeError(f"{option} {setting}", expected=f"a key at {parts[-1]!r}", found=type(node).__name__, remedy="check the path")
 
 
-def _first_problem(error: ValidationError, path: Path, listed: bool = False) -> RecipeError:
-    """pydantic's first complaint in our words: path of the key, expected, found, remedy. listed: the user wrote `deltas` as a list."""
-    problem = error.errors()[0]
+def _first_problem(error: ValidationError, path: Path, listed: bool = False, inside: tuple[str, ...] = ()) -> RecipeError:
+    """pydantic's first complaint in our words: path, expected, found, remedy. listed: the user wrote `deltas` as a list. inside: the part
+    of a recipe that was read alone."""
+    first, *others = error.errors()
+    unknown = [one for one in others if one["type"] == "extra_forbidden" and one["loc"][:-1] == first["loc"][:-1]]
+    problem = unknown[0] if first["type"] == "missing" and unknown else first  # a key that is missing may be the one that is misspelt
     parts = [str(part) for number, part in enumerate(problem["loc"]) if not (listed and number == 1 and problem["loc"][:2] == ("deltas", "items"))]
     place = f"{path}: {'.'.join(parts) or 'recipe'}"
     found = repr(problem["input"]) if not isinstance(problem["input"], (dict, list)) else type(problem["input"]).__name__
     if problem["type"] == "extra_forbidden":
-        siblings = _keys_at(problem["loc"][:-1])
+        siblings = _keys_at((*inside, *problem["loc"][:-1]))
         key = str(problem["loc"][-1])
         return RecipeError(place, expected=f"one of {', '.join(siblings)}", found=f"unknown key {key!r}", remedy=nearest(key, siblings))
     if problem["type"] == "missing":
@@ -305,6 +361,12 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         "quantize": Quantize,
         "evaluate": Evaluate,
         "targets": TargetItem,
+        "scenarios": Scenarios,
+        "server": Server,
+        "batch": Batch,
+        "cold_start": ColdStart,
+        "cost": Cost,
+        "alternative": Alternative,
     }
     for part in location:
         model = rooms.get(str(part), model)

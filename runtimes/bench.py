@@ -2,11 +2,12 @@
 
     python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 256]
                              [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--adapter NAME] [--progress]
+                             [--scene single|batch|server|cold] [--rate-per-s 2] [--concurrency 1] [--cores 1] [--memory-bytes 2000000000]
 
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
 
     {"schema": 1, "kind": "decoder", "conditions": {"prompt_tokens": 128, "new_tokens": 32, "threads": 2, ...},
-     "load_s": 0.41, "peak_rss_mb": 210.3, "size_mb": 78.2,
+     "load_s": 0.41, "peak_rss_mb": 210.3, "load_peak_rss_mb": 160.2, "size_mb": 78.2, "emulated": "",
      "series": {"ttft_ms": [...], "tpot_ms": [...], "prefill_tok_s": [...], "decode_tok_s": [...]}     (encoders: {"encode_ms": [...]})
      "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
      "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048,
@@ -19,7 +20,12 @@ Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "place", "expec
 How it is measured. A request is one prompt of random token ids (seeded) and `new_tokens` greedy tokens, stop tokens ignored; it gives one sample of each
 series, because tokens of one request are not independent: TTFT, and TPOT = (t_last - t_first) / (n - 1). Peak memory is that of this fresh process, in which
 nothing but the runtime is loaded (VmHWM: what getrusage calls ru_maxrss begins with the memory of the parent that started us). load_s has the
-library already imported and the files most likely in the system's cache.
+library already imported and the files most likely in the system's cache; load_peak_rss_mb is the peak when the session is ready.
+
+Scenes. single: requests follow each other. batch: the same with `batch` requests at once; series "batch.latency_ms" and so on. server: `runtimes.openloop`.
+cold: one request of a process that has just begun, timed from before it began (`started`, on the system's monotonic clock) to its first token or vector, with
+the bundle's files dropped from the system's cache where the system allows; series "cold_start_ms". cores and memory_bytes: `runtimes.confine`;
+emulated is then what was imposed.
 """
 
 from __future__ import annotations
@@ -31,22 +37,27 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import Bundle, open_bundle
+from runtimes.bundle import Bundle, drop_from_cache, open_bundle
 from runtimes.collect import Budget, Call, Limit, Samples, collect
+from runtimes.confine import Confinement, clean
+from runtimes.confine import command as confined
 from runtimes.decode import PREFILL_CHUNK
+from runtimes.openloop import Load, open_loop
 from runtimes.session import SessionSettings
 from targets.errors import BundleError, TrimtabError
 from targets.machine import fingerprint
 from targets.spin import Spin
 
 SCHEMA = 1
-LIMIT_NAME = re.compile(r"(ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
+LIMIT_NAME = re.compile(r"((?:server|batch)\.(?:latency|ttft)|ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
+SCENES = ("single", "batch", "server", "cold")
 REPORT_EVERY_S = 0.25
 
 
@@ -72,6 +83,14 @@ class BenchOptions:
     max_seconds: float = 0.0
     adapter: str = ""
     spin_ms: float = 0.0
+    scene: str = "single"
+    rate_per_s: float = 0.0
+    concurrency: int = 1
+    started: float = 0.0
+    cores: int = 0
+    core_threads: int = 0
+    memory_bytes: int = 0
+    emulated: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +98,8 @@ class BenchOptions:
         for name, low in lows.items():
             if getattr(self, name) < low:
                 raise TrimtabError(name, expected=f"a count >= {low}", found=str(getattr(self, name)), remedy="change the option")
+        if self.scene not in SCENES:
+            raise TrimtabError("scene", expected=f"one of {', '.join(SCENES)}", found=repr(self.scene), remedy="change the option")
         self.parsed_limits()
 
     def parsed_limits(self) -> list[Limit]:
@@ -94,7 +115,7 @@ class BenchOptions:
 
     def arguments(self) -> list[str]:
         """The same as a command line."""
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "limits"}
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in ("limits", "started", "emulated")}
         words = [word for name, value in given.items() if value != "" for word in (f"--{name.replace('_', '-')}", str(value))]
         return words + [word for name, value in self.limits.items() for word in ("--limit", f"{name}={value!r}")]
 
@@ -117,6 +138,8 @@ class BenchResult:
     looks: int
     tests: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
+    load_peak_rss_mb: float = 0.0
+    emulated: str = ""
     crowded: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -132,18 +155,14 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
     import tokenizers  # noqa: F401
 
     bundle = open_bundle(directory)
-    limits = options.parsed_limits()
     settings = SessionSettings(threads=options.threads, flush_denormals=alone)
     started = time.perf_counter()
-    call = _decoder_call(bundle, settings, options) if bundle.kind == "decoder" else _encoder_call(bundle, settings, options)
-    load_s = time.perf_counter() - started
-    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
-    with Spin(settings.resolved_threads(), known_ms=options.spin_ms) as spin:
-        samples = collect(call, limits, budget, spin, report)
-    names = list(options.limits)
+    call = (_decoder_call if bundle.kind == "decoder" else _encoder_call)(bundle, settings, options)
+    load_s, load_peak = time.perf_counter() - started, peak_rss_bytes()
+    samples, seen = _sampled(call, options, settings, report)
     return BenchResult(
         kind=bundle.kind,
-        conditions={**_conditions(bundle.kind, options), "threads": settings.resolved_threads()},
+        conditions={**_conditions(bundle.kind, options), **seen, "threads": settings.resolved_threads()},
         load_s=load_s,
         peak_rss_mb=peak_rss_bytes() / 1e6,
         size_mb=bundle.model_bytes / 1e6,
@@ -154,15 +173,36 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
         spin_ms=samples.spin_ms,
         seconds=samples.seconds,
         looks=samples.looks,
-        tests=_tests(names, samples),
+        tests=_tests(list(options.limits), samples),
         environment=environment(),
+        load_peak_rss_mb=load_peak / 1e6,
+        emulated=options.emulated,
         crowded=samples.crowded,
     )
+
+
+def _sampled(call: Call, options: BenchOptions, settings: SessionSettings, report: Callable[[int, int, float], None] | None) -> tuple[Samples, dict[str, Any]]:
+    """What the scene gives, and what it found out about its own conditions."""
+    if options.scene == "cold":
+        call()
+        took = (time.monotonic() - options.started) * 1e3
+        return Samples({"cold_start_ms": (took,)}, 0, 1, 0, 0.0, took / 1e3, 0, ()), {}
+    limits = options.parsed_limits()
+    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
+    with Spin(settings.resolved_threads(), known_ms=options.spin_ms) as spin:
+        if options.scene == "server":
+            samples, utilisation = open_loop(call, Load(options.rate_per_s, options.concurrency, options.seed), limits, budget, spin, report)
+            return samples, {"utilisation": round(utilisation, 3)}
+        return collect(call, limits, budget, spin, report), {}
 
 
 def measure_in_child(directory: Path, options: BenchOptions, report: Callable[[int, int, float], None] | None = None) -> BenchResult:
     """Measure in a fresh process with nothing but the runtime loaded. Raises what the child reports; BundleError when it dies."""
     command = [sys.executable, "-m", "runtimes.bench", str(Path(directory).resolve()), "--json", "--progress", *options.arguments()]
+    if options.scene == "cold":
+        drop_from_cache(Path(directory))
+        command += ["--started", repr(time.monotonic())]
+    command = confined(Confinement(options.cores, options.core_threads, options.memory_bytes), command)
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *(path for path in [os.environ.get("PYTHONPATH", "")] if path)]
     noise = []
@@ -179,6 +219,8 @@ def measure_in_child(directory: Path, options: BenchOptions, report: Callable[[i
                     noise.append(line.strip())
         answer_file.seek(0)
         text = answer_file.read()
+    if options.memory_bytes:
+        clean()
     if child.returncode not in (0, 1) or not text.startswith("{"):
         found = f"exit code {child.returncode}: {' '.join(noise[-3:])[:300]}"
         raise BundleError(
@@ -238,12 +280,23 @@ def _decoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptio
         raise TrimtabError("prompt-tokens + new-tokens", expected=f"at most {generator.context_length}", found=found, remedy="measure with fewer tokens")
     allowed = np.array([token for token in range(generator.layout.vocab_size) if token not in generator.stop_ids])
     rng = np.random.default_rng(options.seed)
-    how = Options(max_new_tokens=options.new_tokens, ignore_eos=True, prefill_chunk=options.prefill_chunk, adapter=options.adapter)
+    new_tokens = 1 if options.scene == "cold" else options.new_tokens
+    how = Options(max_new_tokens=new_tokens, ignore_eos=True, prefill_chunk=options.prefill_chunk, adapter=options.adapter)
     generator.adapters.values(options.adapter)  # read before the clock runs
+    one_at_a_time = threading.Lock()  # numpy's generators are not for several threads
 
     def request() -> dict[str, float]:
-        prompt = rng.choice(allowed, options.prompt_tokens).tolist()
+        with one_at_a_time:
+            prompt = rng.choice(allowed, options.prompt_tokens).tolist()
         answer = generator.generate([prompt] * options.batch, how)[0]
+        if options.scene == "server":
+            return {"latency_ms": answer.token_ms[-1], "ttft_ms": answer.ttft_ms}
+        if options.scene == "batch":
+            took = answer.token_ms[-1]
+            tokens = options.batch * (options.prompt_tokens + options.new_tokens)
+            return {"batch.latency_ms": took, "batch.ttft_ms": answer.ttft_ms, "batch.tok_s": 1e3 * tokens / took}
+        if options.scene == "cold":
+            return {}
         return {
             "ttft_ms": answer.ttft_ms,
             "tpot_ms": answer.tpot_ms,
@@ -267,18 +320,26 @@ def _encoder_call(bundle: Bundle, settings: SessionSettings, options: BenchOptio
     mask, types = np.ones(shape, np.int64), np.zeros(shape, np.int64)
     vocabulary = encoder.tokenizer.get_vocab_size()
 
+    one_at_a_time = threading.Lock()
+
     def request() -> dict[str, float]:
-        feeds = encoder.feeds(rng.integers(0, vocabulary, shape), mask, types)
+        with one_at_a_time:
+            feeds = encoder.feeds(rng.integers(0, vocabulary, shape), mask, types)
         started = time.perf_counter()
         encoder.run(feeds)
-        return {"encode_ms": (time.perf_counter() - started) * 1e3}
+        took = (time.perf_counter() - started) * 1e3
+        if options.scene == "batch":
+            return {"batch.latency_ms": took, "batch.texts_s": 1e3 * options.batch / took}
+        return {"latency_ms" if options.scene == "server" else "encode_ms": took}
 
     return request
 
 
 def _conditions(kind: str, options: BenchOptions) -> dict[str, Any]:
     names = ("prompt_tokens", "new_tokens", "prefill_chunk", "batch", "seed") if kind == "decoder" else ("batch", "length", "seed")
-    return {name: getattr(options, name) for name in (*names, *(["adapter"] if options.adapter else []))}
+    asked = {"server": ("rate_per_s", "concurrency")}.get(options.scene, ())
+    scene = {} if options.scene == "single" else {"scene": options.scene}
+    return {**scene, **{name: getattr(options, name) for name in (*names, *asked, *(["adapter"] if options.adapter else []))}}
 
 
 def _tests(names: Sequence[str], samples: Samples) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ NEEDED = {"decoder": ("model.onnx", "genai_config.json", "tokenizer.json"), "enc
 REBUILD = "build it again with `trimtab compile`, or copy it again from where it was built"
 _MANIFEST_CAP_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
+REPORTS = ("report.html", "report.json", "README.md")  # written for people; no device needs them
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Bundle:
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that a device needs: all files that the manifest lists but the reports."""
+        return sum(entry.size_bytes for entry in self.files if entry.path not in REPORTS)
 
     @property
     def model_bytes(self) -> int:
@@ -205,3 +211,15 @@ def _walk(directory: Path) -> Iterator[str]:
         links = [name for name in names if (Path(folder) / name).is_symlink()]
         for name in sorted(files + links):
             yield (Path(folder) / name).relative_to(directory).as_posix()
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Ask the system to forget a folder's files, so that they are read from storage again. Advice: a system without it leaves them cached."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in (path for path in directory.iterdir() if path.is_file()):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

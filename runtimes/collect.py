@@ -84,8 +84,8 @@ class Samples:
     crowded: str = ""
 
 
-class _Question:
-    """One limit and the looks taken at it."""
+class Question:
+    """One limit and the looks taken at it: `result` is None until it is decided."""
 
     def __init__(self, limit: Limit, confidence: float) -> None:
         self.limit, self._confidence = limit, confidence
@@ -139,7 +139,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         )
     spin.calibrate(call, count=min(CALIBRATIONS, max(3, budget.least)))  # who wants three requests for their memory waits for no more
     spin.crowded()  # from here on
-    questions = [_Question(limit, budget.confidence) for limit in limits]
+    questions = [Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0
     lost = 0.0  # seconds of dropped windows

@@ -220,7 +220,10 @@ class Generator:
 
     def _take(self, adapter: str) -> DecodeLoop:
         values = self.adapters.values(adapter)
-        loop = self._idle.pop() if self._idle else DecodeLoop(self._session, self.layout, self.context_length)
+        try:
+            loop = self._idle.pop()
+        except IndexError:  # all are in use: another thread may have taken the last one since
+            loop = DecodeLoop(self._session, self.layout, self.context_length)
         loop.use(values)
         return loop
 

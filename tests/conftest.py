@@ -78,3 +78,39 @@ def trimtab(capsys, monkeypatch, tmp_path):
         return done.value.code, out, err
 
     return run
+
+
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+
+
+def schema_faults(value, schema, root, place="report"):
+    """Where a JSON value breaks a JSON schema of draft 2020-12, by the keywords that pydantic writes; [] where it does not."""
+    if "$ref" in schema:
+        return schema_faults(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root, place)
+    if "anyOf" in schema:
+        tried = [schema_faults(value, one, root, place) for one in schema["anyOf"]]
+        return [] if [] in tried else [f"{place}: none of {len(tried)} forms: {tried[0][0]}"]
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{place}: {value!r} is none of {schema['enum']}"]
+    if "const" in schema and value != schema["const"]:
+        return [f"{place}: {value!r} is not {schema['const']!r}"]
+    wanted = schema.get("type")
+    if wanted and (not isinstance(value, TYPES[wanted]) or (isinstance(value, bool) and wanted != "boolean")):
+        return [f"{place}: {type(value).__name__} is no {wanted}"]
+    if isinstance(value, dict):
+        known, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+        faults = [f"{place}: no {name}" for name in schema.get("required", ()) if name not in value]
+        for name, item in value.items():
+            inner = known.get(name, rest if isinstance(rest, dict) else {})
+            faults += [f"{place}: unknown {name}"] if name not in known and rest is False else schema_faults(item, inner, root, f"{place}.{name}")
+        return faults
+    if isinstance(value, list) and "items" in schema:
+        return [fault for number, item in enumerate(value) for fault in schema_faults(item, schema["items"], root, f"{place}[{number}]")]
+    return []
+
+
+@pytest.fixture
+def breaks_schema():
+    """breaks_schema(report) -> where a report document breaks the published schema."""
+    schema = json.loads((Path(__file__).parent.parent / "compiler/report/templates/report.schema.json").read_text())
+    return lambda value: schema_faults(value, schema, schema)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from compiler import economics, scenarios
 from compiler import recipe as recipe_module
 from compiler.checkpoints.resolve import open_checkpoint, require_tokenizer
 from compiler.cli import cli
 from compiler.deltas.load import load_delta
 from compiler.errors import TrimtabError
-from compiler.limits import PERCENTILE, ROWS, quantity
+from compiler.limits import PERCENTILE, ROWS, SCENE_PERCENTILE, quantity
 from compiler.recipe import Recipe, load_recipe, parse_limits, parse_recipe
 from compiler.scheme import Schemes, parse_scheme, stored_bytes
 from compiler.stages.export import road
@@ -85,6 +86,12 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         "quantize": recipe_module.Quantize,
         "evaluate": recipe_module.Evaluate,
         "targets": recipe_module.TargetItem,
+        "scenarios": scenarios.Scenarios,
+        "server": scenarios.Server,
+        "batch": scenarios.Batch,
+        "cold_start": scenarios.ColdStart,
+        "cost": economics.Cost,
+        "alternative": economics.Alternative,
     }
     for name in model.model_fields:
         yield prefix + name
@@ -94,11 +101,14 @@ def recipe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_every_recipe_key_is_explained_and_no_other() -> None:
     documented, known = table_keys("recipe.md"), set(recipe_keys(Recipe))
-    models = {model for model in vars(recipe_module).values() if isinstance(model, type) and issubclass(model, recipe_module.Part)}
+    both = [*vars(recipe_module).values(), *vars(scenarios).values(), *vars(economics).values()]
+    models = {model for model in both if isinstance(model, type) and issubclass(model, recipe_module.Part)}
     rooms = {recipe_module.Deltas, recipe_module.DeltaItem, recipe_module.CombineItem, recipe_module.Quantize, recipe_module.Evaluate, recipe_module.TargetItem}
-    assert models == {recipe_module.Part, Recipe, *rooms}
+    rooms |= {scenarios.Scenarios, scenarios.Server, scenarios.Batch, scenarios.ColdStart}
+    rooms |= {economics.Cost, economics.Alternative}
+    assert models == {recipe_module.Part, scenarios.Requests, Recipe, *rooms}
     assert known <= documented, known - documented
-    extra = {key for key in documented - known if not PERCENTILE.fullmatch(key) and key not in {row.name for row in ROWS}}
+    extra = {key for key in documented - known if not (PERCENTILE.fullmatch(key) or SCENE_PERCENTILE.fullmatch(key)) and key not in {row.name for row in ROWS}}
     assert not extra
 
 
@@ -108,7 +118,7 @@ def test_every_limit_is_explained_with_its_unit_and_direction() -> None:
         cells = rows[f"`{limit.name}`"]
         assert cells[2].strip().split(" (")[0] == limit.unit
         assert cells[3].strip() == ("at most" if limit.at_most else "at least")
-    for series in ("ttft", "tpot", "encode"):
+    for series in ("ttft", "tpot", "encode", "server.latency", "server.ttft", "batch.latency", "batch.ttft"):
         for percentile in (50, 90, 95, 99):
             assert quantity(f"{series}_p{percentile}_ms", "docs").name in table_keys("recipe.md")
 
@@ -160,7 +170,7 @@ def test_rows_of_evaluation_data_parse(tmp_path: Path) -> None:
 
     (body,) = [body for kind, body in FENCE.findall(text_of("evaluation.md")) if kind == "json"]
     (tmp_path / "eval.jsonl").write_text(body, encoding="utf-8")
-    assert len(load_rows(tmp_path / "eval.jsonl").rows) == 3
+    assert len(load_rows(tmp_path / "eval.jsonl").rows) == 9
 
 
 def test_bytes_of_a_matrix_are_what_the_table_says() -> None:
@@ -178,7 +188,7 @@ def test_fewest_samples_are_what_the_table_says() -> None:
 
 
 def test_smallest_drops_are_what_the_table_says() -> None:
-    from compiler.evaluation.decoder import paired_drop
+    from compiler.evaluation.statistics import paired_drop
 
     rows = re.findall(r"^\| (\d+) \| (0\.\d{4}) \|$", text_of("evaluation.md"), re.MULTILINE)
     assert len(rows) == 5
@@ -189,7 +199,7 @@ def test_smallest_drops_are_what_the_table_says() -> None:
 def test_constants_in_the_prose_are_the_codes() -> None:
     from compiler import judge
     from compiler.checkpoints.view import ROW_BLOCK_BYTES
-    from compiler.evaluation import data, decoder, encoder
+    from compiler.evaluation import data, decoder, encoder, statistics
     from compiler.graph.architectures import FAMILIES
     from compiler.graph.encoder_task import TESTED
     from compiler.stages.export import CARRIED
@@ -208,7 +218,7 @@ def test_constants_in_the_prose_are_the_codes() -> None:
         and "three fresh processes" in verdicts
     )
     assert f"windows of {decoder.WINDOW} tokens, at most {decoder.MAX_WINDOWS}" in evaluation and f"at most {encoder.MAX_SENTENCES} pieces" in evaluation
-    assert f"Fewer than {decoder.LEAST_SEQUENCES} sequences" in evaluation
+    assert f"Fewer than {statistics.LEAST_SEQUENCES} sequences" in evaluation
     assert data.ROW_LIMIT_BYTES == ROW_BLOCK_BYTES // 16 == 1 << 20
     assert (len(selftest.TEXTS), selftest.TOP, selftest.KEPT) == (4, 5, 8)
     assert set(FAMILIES) <= table_keys("export.md") and all(name in export for name in TESTED)
@@ -310,7 +320,7 @@ def test_each_bad_input_stands_on_the_page_once() -> None:
 
 def test_refused_and_not_built_are_refused() -> None:
     """What index.md says is not built: were it built, the page would be wrong."""
-    assert not {"explain", "distil", "compare", "cache"} & set(cli.commands)
+    assert not {"explain", "distil", "cache"} & set(cli.commands)
     for more in ({"distil": {"teacher": "x"}},):
         with pytest.raises(TrimtabError):
             parse_recipe({"name": "x", "base": "base", **more}, Path("recipe.yaml"))

@@ -17,7 +17,8 @@ from compiler.bench.child import Child
 from compiler.bench.peers import System
 from compiler.bench.rounds import Entrant, Setting
 from compiler.bench.rows import Row
-from compiler.evaluation.decoder import MAX_WINDOWS, WINDOW, cluster_interval
+from compiler.evaluation.decoder import MAX_WINDOWS, WINDOW
+from compiler.evaluation.statistics import cluster_interval
 from runtimes.metrics import log_softmax
 
 TEXTS, TEXT_TOKENS = 64, 64

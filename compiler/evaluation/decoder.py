@@ -7,7 +7,7 @@ transformers, which shares no code with our graph builder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 
 from compiler.errors import RecipeError
 from compiler.evaluation.data import Row
+from compiler.evaluation.statistics import cluster_interval, metric, percentile_interval
 from runtimes.metrics import log_softmax
 
 WINDOW = 512  # tokens of a scored text window; its second half is scored, the first is context
 MAX_WINDOWS = 12
-LEAST_SEQUENCES = 5
 GENERATE_BATCH = 12
+BEST = 5
 BATCH_TOKENS = 1024  # logits of a batch: 1024 x 49,152 x 4 B = 200 MB
 
 Report = Callable[[str, int, int], None]
@@ -36,27 +37,50 @@ class Scored:
 
 
 def scored_sequences(rows: Sequence[Row], tokenizer: Any, render: Callable[..., str] | None, eos: str) -> list[Scored]:
-    """Rows -> scored sequences. A chat is scored on its last message, a text in windows on their second halves.
+    """Rows -> scored sequences. A chat is scored on its last message, a text in windows on their second halves, a choice or completion on the right ending.
 
     render  (messages, add_generation_prompt=...) -> prompt text; None when the model has no chat template
     Raises RecipeError when chats meet a model without a template, or when nothing is long enough to score.
     """
     sequences = []
     for row in rows:
-        if row.messages is None:
-            sequences += _windows(np.array(tokenizer.encode(row.text, add_special_tokens=False).ids, np.int64))
-            continue
-        if render is None:
-            raise RecipeError("evaluate.data", expected="plain text", found="chats, and a model without a chat template", remedy="give rows of {text}")
-        prompt = tokenizer.encode(render(row.messages[:-1], add_generation_prompt=True), add_special_tokens=False).ids
-        answer = tokenizer.encode(row.answer + eos, add_special_tokens=False).ids
-        sequences.append(Scored(np.array(prompt + answer, np.int64), len(prompt)))
+        if row.messages is not None:
+            sequences.append(chat_sequence(row, tokenizer, render, eos))
+        elif row.context is not None:
+            sequences.append(continued(row.context, row.choices[row.gold] if row.choices else row.continuation, tokenizer))
+        elif row.text is not None:
+            sequences += windows(np.array(tokenizer.encode(row.text, add_special_tokens=False).ids, np.int64))
     if not sequences:
         raise RecipeError("evaluate.data", expected="at least 16 tokens of text", found="less", remedy="give more text")
     return sequences
 
 
-def _windows(ids: np.ndarray) -> list[Scored]:
+def chat_sequence(row: Row, tokenizer: Any, render: Callable[..., str] | None, eos: str) -> Scored:
+    """A chat, scored on its last message and the end token."""
+    if render is None or row.messages is None:
+        raise RecipeError("evaluate.data", expected="plain text", found="chats, and a model without a chat template", remedy="give rows of {text}")
+    prompt = tokenizer.encode(render(row.messages[:-1], add_generation_prompt=True), add_special_tokens=False).ids
+    answer = tokenizer.encode(row.answer + eos, add_special_tokens=False).ids
+    return Scored(np.array(prompt + answer, np.int64), len(prompt))
+
+
+def continued(context: str, ending: str, tokenizer: Any) -> Scored:
+    """A context and how it goes on, scored on the latter: "2 + 2 =", "4" -> the tokens of "2 + 2 = 4", of which those behind "2 + 2 =" count.
+
+    Both are joined by a space unless there is one. Tokens that the joint changes count as the ending's, as in EleutherAI's lm-evaluation-harness. What the
+    tokenizer puts in front of every text (a start token) stays in front.
+    """
+    space = "" if context[-1:].isspace() or ending[:1].isspace() else " "
+    whole = tokenizer.encode(f"{context}{space}{ending}", add_special_tokens=False).ids
+    alone = tokenizer.encode(context, add_special_tokens=False).ids
+    marked = tokenizer.encode(context).ids
+    front = marked[: len(marked) - len(alone)] if marked[len(marked) - len(alone) :] == alone else []
+    same = next((at for at, (one, other) in enumerate(zip(whole, alone, strict=False)) if one != other), min(len(whole) - 1, len(alone)))
+    return Scored(np.array([*front, *whole], np.int64), max(1, len(front) + same))
+
+
+def windows(ids: np.ndarray) -> list[Scored]:
+    """A text [n] in windows, each scored on its second half."""
     if len(ids) < WINDOW:
         return [Scored(ids, max(1, len(ids) // 2))] if len(ids) >= 16 else []
     starts = range(0, len(ids) // WINDOW * WINDOW, WINDOW)
@@ -65,13 +89,24 @@ def _windows(ids: np.ndarray) -> list[Scored]:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, all sequences joined: KL in nats, same top-1, both negative log-likelihoods; `groups` numbers the sequence."""
+    """Per scored token, all sequences joined: KL in nats, same top-1, both negative log-likelihoods; `groups` numbers the sequence.
+
+    best5             whether the reference's first choice is among the bundle's best five
+    reference_first   whether the wanted token is the reference's first choice; bundle_first: the bundle's
+    """
 
     kl: np.ndarray
     same: np.ndarray
     reference_nll: np.ndarray
     bundle_nll: np.ndarray
     groups: np.ndarray
+    best5: np.ndarray
+    reference_first: np.ndarray
+    bundle_first: np.ndarray
+
+    def of(self, mine: np.ndarray) -> TokenScores:
+        """Those of some tokens: mine is boolean [tokens]."""
+        return TokenScores(*(getattr(self, column.name)[mine] for column in fields(self)))
 
 
 def score(sequences: Sequence[Scored], reference: Model, bundle: Model, report: Report) -> TokenScores:
@@ -101,45 +136,11 @@ def _compare(number: int, sequence: Scored, left: np.ndarray, right: np.ndarray)
     wanted = sequence.ids[sequence.first :]
     rows = np.arange(len(wanted))
     kl = (np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64)  # not finite where `right` is not: such a row must not pass
-    return kl, left.argmax(-1) == right.argmax(-1), -left[rows, wanted], -right[rows, wanted], np.full(len(wanted), number)
-
-
-def cluster_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap-t interval of a mean over tokens, drawing whole sequences: tokens of one sequence are not independent.
-
-    The mean is a ratio of sums, m = sum(s) / sum(n) over sequences. Of each draw (m* - m) / se* is kept, se the linearised standard error of a ratio; its
-    quantiles times se give the bounds (Efron and Tibshirani 1993, chapter 12), stretched by Student's t over the normal quantile: a draw of few sequences knows
-    its own spread poorly. Quantiles of m* themselves miss skewed losses four times too often at 24 sequences (docs/evaluation.md has what was measured).
-
-    Fewer than LEAST_SEQUENCES say nothing about others: the interval is then everything, and no limit can pass on it. Values that are not finite give NaN.
-    """
-    _, groups = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
-    if len(sums) < LEAST_SEQUENCES:
-        return float("-inf"), float("inf")
-    (mean,), (error,) = ratio_and_error(sums[None], counts[None])
-    if not error > 0:  # all sequences alike, or NaN
-        return float(mean), float(mean)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
-    means, errors = ratio_and_error(sums[drawn], counts[drawn])
-    usable = errors > 0  # a draw of one sequence only has no spread
-    low, high = np.quantile((means[usable] - mean) / errors[usable], [0.025, 0.975]) * error * stretch(len(sums))
-    return float(mean - high), float(mean - low)
-
-
-def ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """sums, counts [draws, sequences] -> ratio of totals and its standard error by linearisation, [draws] each."""
-    totals, n = counts.sum(axis=1), sums.shape[1]
-    ratios = sums.sum(axis=1) / totals
-    residuals = sums - ratios[:, None] * counts
-    return ratios, np.sqrt((residuals**2).sum(axis=1) * n / (n - 1)) / totals
-
-
-def stretch(sequences: int) -> float:
-    """Student's 97.5 % quantile with n - 1 degrees of freedom over the normal one: 24 -> 1.056."""
-    from scipy.stats import norm, t
-
-    return float(t.ppf(0.975, sequences - 1) / norm.ppf(0.975))
+    first, second = left.argmax(-1), right.argmax(-1)
+    chosen = right[rows, first]
+    best5 = ((right > chosen[:, None]).sum(axis=-1) < BEST) & np.isfinite(chosen)
+    numbers = np.full(len(wanted), number)
+    return kl, first == second, -left[rows, wanted], -right[rows, wanted], numbers, best5, first == wanted, (second == wanted) & np.isfinite(chosen)
 
 
 def token_metrics(scores: TokenScores, seed: int = 0) -> dict[str, Any]:
@@ -151,19 +152,14 @@ def token_metrics(scores: TokenScores, seed: int = 0) -> dict[str, Any]:
     drift = scores.bundle_nll - scores.reference_nll
     rows = {
         "kl_mean": (scores.kl.mean(), interval(scores.kl, scores.groups)),
+        "kl_p99": (np.quantile(scores.kl, 0.99), percentile_interval(scores.kl, scores.groups, 0.99)),
         "top1_agreement": (scores.same.mean(), interval(scores.same.astype(np.float64), scores.groups)),
+        "top5_agreement": (scores.best5.mean(), interval(scores.best5.astype(np.float64), scores.groups)),
         "perplexity": (np.exp(scores.bundle_nll.mean()), tuple(np.exp(interval(scores.bundle_nll, scores.groups)))),
         "perplexity_ratio": (np.exp(drift.mean()), tuple(np.exp(interval(drift, scores.groups)))),
+        "perplexity_reference": (np.exp(scores.reference_nll.mean()), (None, None)),
     }
-    metrics: dict[str, Any] = {name: _metric(value, bounds, len(scores.kl)) for name, (value, bounds) in rows.items()}
-    metrics["kl_p99"] = _metric(np.quantile(scores.kl, 0.99), (None, None), len(scores.kl))
-    metrics["perplexity_reference"] = _metric(np.exp(scores.reference_nll.mean()), (None, None), len(scores.kl))
-    return metrics
-
-
-def _metric(value: Any, bounds: tuple[Any, ...], samples: int) -> dict[str, Any]:
-    low, high = (None if bound is None else float(bound) for bound in bounds)
-    return {"value": float(value), "low": low, "high": high, "samples": samples}
+    return {name: metric(value, (bounds[0], bounds[1]), len(scores.kl)) for name, (value, bounds) in rows.items()}
 
 
 def reference_answers(model: Any, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], new_tokens: int, report: Report) -> list[list[int]]:
@@ -183,65 +179,40 @@ def reference_answers(model: Any, prompts: Sequence[Sequence[int]], eos_ids: Seq
             mask[row, width - len(prompts[index]) :] = 1
         with torch.inference_mode():
             out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=list(eos_ids) or None,
+                pad_token_id=eos_ids[0] if eos_ids else 0,
             )
         for row, index in enumerate(part):
-            found[index] = _until(out[row, width:].tolist(), eos_ids)
+            found[index] = until(out[row, width:].tolist(), eos_ids)
         report("reference answers", min(start + GENERATE_BATCH, len(order)), len(order))
     answers.extend(found[index] for index in range(len(prompts)))
     return answers
 
 
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+def until(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids before the first end token. [5, 6, 2, 9], ends [2] -> [5, 6]"""
     return next((ids[:at] for at, token in enumerate(ids) if token in ends), ids)
 
 
-def exact_bounds(hits: int, samples: int, tail: float) -> tuple[float, float]:
-    """Clopper-Pearson bounds of a share, `tail` on each side. No hit in 5 rows is still compatible with many: (0, 0.52) at 0.025."""
-    from scipy.stats import beta
-
-    low = float(beta.ppf(tail, hits, samples - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, samples - hits)) if hits < samples else 1.0
-    return low, high
-
-
-def share(hits: Sequence[bool]) -> dict[str, Any]:
-    """A share with its exact 95 % interval."""
-    low, high = exact_bounds(int(sum(hits)), len(hits), 0.025)
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "samples": len(hits), "exact": True}
-
-
-def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
-    """Share lost less share won, over the same rows, with a 95 % interval.
-
-    Rows lost and rows won are each bounded exactly at half the risk (Bonferroni), so agreement on few rows proves little: a
-    bootstrap would give an interval of width 0 there.
-    """
-    n = len(before)
-    lost = sum(was and not is_ for was, is_ in zip(before, after, strict=True))
-    won = sum(is_ and not was for was, is_ in zip(before, after, strict=True))
-    (lost_low, lost_high), (won_low, won_high) = exact_bounds(lost, n, 0.0125), exact_bounds(won, n, 0.0125)
-    return {"value": (lost - won) / n, "low": lost_low - won_high, "high": lost_high - won_low, "samples": n, "exact": True}
-
-
 def open_all_logits(directory: Path, model: Mapping[str, Any] | None = None, adapter: str = "") -> Any:
-    """The exported graph with logits at every position, as a decode loop; the twin graph lies beside the model while it is open.
+    """The exported graph with logits at every position, as a decode loop; the folder is only read.
 
     model, adapter  the manifest's section and the unmerged adapter to bind; "" for the base alone
     """
-    from compiler.graph.passes import all_logits
+    import onnx_ir as ir
+
+    from compiler.graph.passes import with_all_logits
     from runtimes.adapters import Adapters
     from runtimes.bundle import Bundle, read_json_object
     from runtimes.decode import DecodeLoop, read_layout
     from runtimes.session import SessionSettings, open_session
 
-    twin = directory / "all_logits.onnx"
-    all_logits(directory / "model.onnx", twin)
-    try:
-        session = open_session(twin, SessionSettings(spinning=False))  # torch takes turns with it on the same cores
-    finally:
-        twin.unlink(missing_ok=True)
+    twin = ir.to_proto(with_all_logits(directory / "model.onnx")).SerializeToString()
+    session = open_session(directory / "model.onnx", SessionSettings(spinning=False), twin)  # torch takes turns with it on the same cores
     genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")
     loop = DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
     loop.use(Adapters(Bundle(directory, {"model": model or {}}, "decoder", ()), session).values(adapter))

@@ -9,7 +9,7 @@ import numpy as np
 
 from compiler.errors import RecipeError
 from compiler.evaluation.data import Row
-from compiler.evaluation.decoder import cluster_interval, paired_drop, share
+from compiler.evaluation.statistics import cluster_interval, paired_drop, share
 
 BATCH = 16
 MAX_SENTENCES = 256

@@ -23,6 +23,11 @@ def all_logits(model_path: Path, out_path: Path) -> None:
     """
     if model_path.parent.resolve() != out_path.parent.resolve():
         raise ValueError("the twin shares model.onnx.data by name, so it must stand in the same directory")
+    save_model(with_all_logits(model_path), out_path)
+
+
+def with_all_logits(model_path: Path) -> ir.Model:
+    """The same twin as a model in memory, its weights where they are. Raises BundleError when the gather is not there."""
     model = ir.load(model_path)
     graph = model.graph
     gathers = [node for node in graph if node.name == LAST_TOKEN and node.op_type == "GatherND"]
@@ -35,7 +40,7 @@ def all_logits(model_path: Path, out_path: Path) -> None:
     logits = next(value for value in graph.outputs if value.name == "logits")
     logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
     remove_unused(graph)
-    save_model(model, out_path)
+    return model
 
 
 def float_activations(model: ir.Model) -> int:

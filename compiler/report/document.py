@@ -17,30 +17,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from compiler.errors import BundleError
+from compiler.report.parts import Economics, EffectRow, Number, Part, Position, RobustnessRow
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS
 
 SCHEMA = 1
 SCHEMA_FILE = Path(__file__).parent / "templates" / "report.schema.json"
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-NAN = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": sorted(NAN)}]})]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-
-
-class Part(BaseModel):
-    """A frozen piece of the document that keeps keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
-
-    def extras(self) -> dict[str, Any]:
-        """The keys that this version does not know, in document order."""
-        return dict(self.__pydantic_extra__ or {})
 
 
 class CheckRow(Part):
@@ -104,6 +93,7 @@ class TargetRow(Part):
     cores: int | None = None
     isa: Any = None
     fingerprint: str | None = None
+    emulation: str = ""  # what was imposed on another machine to make it as small as this one
 
 
 class ModelRow(Part):
@@ -157,6 +147,8 @@ class RecordRow(Part):
     seconds: Number | None = None
     peak_rss_mb: Number | None = None
     cached: bool = False
+    cpu_seconds: Number | None = None
+    bytes: int | None = None
     read: Any = ()
     wrote: Any = ()
     measured: dict[str, Any] = Field(default_factory=dict)
@@ -241,6 +233,10 @@ class Report(Part):
     task: tuple[TaskRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     adapters: tuple[TaskRow, ...] = ()
+    robustness: tuple[RobustnessRow, ...] = ()
+    side_effects: tuple[EffectRow, ...] = ()
+    position: Position | None = None
+    economics: Economics | None = None
 
     @property
     def target_id(self) -> str:

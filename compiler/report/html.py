@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compiler.report import plots, words
+from compiler.report import sections as extra
 from compiler.report.document import CheckRow, LayerRow, Report, TaskRow, read_document
 from compiler.report.verdict import INFO
 
@@ -33,12 +34,16 @@ LAYER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (  # the first match wins
 
 def render_html(document: Mapping[str, Any] | Report) -> str:
     """The whole report as one HTML file. Raises BundleError for a document that is not a report."""
-    report = read_document(document)
+    return template_environment().get_template("report.html.j2").render(**sections(read_document(document))) + "\n"
+
+
+def template_environment() -> Environment:
+    """Templates of this package, everything escaped."""
     environment = Environment(
         loader=PackageLoader("compiler.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(number=words.number, size=words.size, seconds=words.seconds, percent=words.percent, line=words.one_line, short=short_digest)
-    return environment.get_template("report.html.j2").render(**sections(report)) + "\n"
+    return environment
 
 
 def sections(report: Report) -> dict[str, Any]:
@@ -56,6 +61,10 @@ def sections(report: Report) -> dict[str, Any]:
         "adapters": task_tables(report.adapters),
         "kinds": size_by_kind(report.layers),
         "stages": stage_tables(report),
+        "robustness": extra.robustness(report),
+        "effects": extra.side_effects(report),
+        "position": extra.position(report),
+        "savings": extra.savings(report),
         "build": build_rows(report),
         "layers": layer_rows(report.layers),
         "frontier": plots.frontier(*frontier_points(report)),
@@ -274,15 +283,7 @@ def stage_tables(report: Report) -> list[dict[str, Any]]:
 
 def build_rows(report: Report) -> list[dict[str, Any]]:
     """What each stage cost and what it said about itself."""
-    longest = max((record.seconds or 0 for record in report.records), default=0)
-    return [
-        {
-            "record": record,
-            "bar": plots.share_bar((record.seconds or 0) / longest if longest else 0, words.seconds(record.seconds)),
-            "measured": facts(record.measured),
-        }
-        for record in report.records
-    ]
+    return [{**line, "measured": facts(line["record"].measured)} for line in extra.costs(report)]
 
 
 def frontier_points(report: Report) -> tuple[list[tuple[float, float, str]], tuple[float, float] | None, tuple[float, float] | None]:

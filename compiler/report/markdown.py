@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compiler.report import words
+from compiler.report import sections, words
 from compiler.report.document import CheckRow, Report, TaskRow, read_document
 from compiler.report.html import facts, size_by_kind, subtitle
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
@@ -76,6 +76,7 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
     if report.stages:
         lines = [[code(row.stage), code(row.metric), words.number(row.value)] for row in report.stages]
         parts.append(folded("Where accuracy was lost", table(("after", "metric", "value"), lines)))
+    parts += [folded(title, body) for title, body in extra_tables(report)]
     if any(row.bytes for row in report.layers):
         rows = [
             [row["kind"], str(row["count"]), words.size(row["bytes"]), words.percent(row["share"]), escaped(row["schemes"])]
@@ -89,6 +90,24 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
     if report.lineage.base or report.lineage.deltas:
         parts.append(folded("Lineage", lineage_table(report)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def extra_tables(report: Report) -> Iterator[tuple[str, str]]:
+    """Title and table of noise, side effects and savings, those that the report holds."""
+    if report.robustness:
+        rows = [
+            [code(line["row"].noise), escaped(line["label"]), line["reference"], line["bundle"], escaped(line["excess"])]
+            for line in sections.robustness(report)
+        ]
+        yield "With noisy input", table(("noise", "metric", "full model", "bundle", "costs the bundle more by"), rows)
+    if report.side_effects:
+        rows = [[escaped(line["label"]), *line["values"], escaped(line["change"]), escaped(line["whose"])] for line in sections.side_effects(report)]
+        yield "Outside of the task", table(("metric", "base", "full model", "bundle", "change", "mostly due to"), rows)
+    if report.economics and report.economics.savings:
+        rows = [
+            [escaped(line["row"].what), line["alternative"], line["bundle"], line["times"], escaped(line["row"].formula)] for line in sections.savings(report)
+        ]
+        yield "What it saves", table(("what", "alternative", "bundle", "times", "how"), rows)
 
 
 def model_card(document: Mapping[str, Any] | Report) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from compiler.report.document import CheckRow
+from compiler.report.parts import BuildPoint
 from compiler.report.verdict import FAIL
 from compiler.report.words import LOWER, better, figure, label, number
 
@@ -94,6 +95,20 @@ def interval_bar(value: float, low: float | None, high: float | None, top: float
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         parts.append(whisker(low / top, high / top))
     return svg_bar(parts, f"{number(value)} ({number(low)} to {number(high)})" if low is not None else number(value))
+
+
+def ratio_bar(ratio: float, low: float | None, high: float | None) -> Markup:
+    """A ratio on a logarithmic scale from a quarter to four times, the line at 1; with its interval."""
+    if not ratio > 0 or not math.isfinite(ratio):
+        return Markup("")
+
+    def at(value: float) -> float:
+        return min(max(0.5 + math.log(max(value, 1e-9)) / (2 * math.log(4)), 0.0), 1.0)
+
+    parts = [box(0, 1, "track"), box(min(0.5, at(ratio)), max(0.5, at(ratio)), "plain")]
+    if low is not None and high is not None and low > 0:
+        parts.append(whisker(at(low), at(high)))
+    return svg_bar([*parts, stroke(0.5, "limit", 4, 22)], f"{number(ratio)} times, between a quarter and four times; the line is 1")
 
 
 def strip(values: Sequence[tuple[str, float]], unit: str = "") -> Markup:
@@ -271,3 +286,34 @@ def frontier(points: Sequence[tuple[float, float, str]], chosen: tuple[float, fl
             text = f"{name}: {number(point[0])} MB, KL {number(point[1])}"
             parts.append(f'<circle {place} r="5" class="{css}" style="{"" if css == "target" else "fill:none"}"><title>{text}</title></circle>')
     return canvas(parts, "KL over size: the frontier, the chosen point and the measured one")
+
+
+def builds(points: Sequence[BuildPoint], loss: str) -> Markup:
+    """Loss (logarithmic) over size in MB of several builds: the front as a line, others as small discs, this one ringed."""
+    drawn = [point for point in points if point.loss > 0 and math.isfinite(point.loss)]
+    if len(drawn) < 2:
+        return Markup("")
+    axis, floor = Axis(min(point.size_mb for point in drawn) * 0.97, max(point.size_mb for point in drawn) * 1.03), HEIGHT - BOTTOM
+    logs = [math.log10(point.loss) for point in drawn]
+    low, high = math.floor(min(logs)), math.ceil(max(logs) + 1e-9)
+
+    def place(point: BuildPoint) -> tuple[float, float]:
+        return axis.x(point.size_mb), floor - (math.log10(point.loss) - low) / max(high - low, 1) * (floor - 16)
+
+    parts = frame(axis, [], f"MB; {loss}")
+    for power in range(low, high + 1):
+        y = floor - (power - low) / max(high - low, 1) * (floor - 16)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end" class="tick">{10.0**power:g}</text>')
+    best = sorted((point for point in drawn if point.front), key=lambda point: point.size_mb)
+    if len(best) > 1:
+        parts.append('<path d="M' + "L".join(f"{x:.1f},{y:.1f}" for x, y in map(place, best)) + '" class="curve"/>')
+    for point in drawn:
+        x, y = place(point)
+        name = f"{escape(point.scheme)}: {number(point.size_mb)} MB, {number(point.loss)}"
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if point.this else 4}" class="{"target" if point.this else "plain"}"><title>{name}</title></circle>'
+        )
+        if point.this:
+            parts.append(name_at(x, round(max(y - 9, 10)), "this build"))
+    return canvas(parts, f"{loss} over size of every build; the line joins those that no other beats")

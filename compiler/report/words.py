@@ -39,6 +39,16 @@ METRICS: dict[str, Metric] = {
     "ttft": Metric("Time to first token", "TTFT: how long a user waits before the first piece of the answer appears."),
     "tpot": Metric("Time per further token", "TPOT: how long each further piece of the answer takes."),
     "itl": Metric("Gap between tokens", "The pause between two pieces of the answer."),
+    "server.latency": Metric(
+        "Answer under load", "From the intended arrival of a request to the end of its answer, waiting included, at the stated rate of arrivals."
+    ),
+    "server.ttft": Metric("First token under load", "From the intended arrival of a request to the first piece of its answer, waiting included."),
+    "batch.latency": Metric("Time of a batch", "How long one call with several requests takes."),
+    "batch.ttft": Metric("First tokens of a batch", "From handing over a batch to its first tokens."),
+    "batch.tok_s": Metric("Batch throughput", "Prompt and generated tokens per second of a batch."),
+    "batch.texts_s": Metric("Batch throughput", "Texts encoded per second in a batch."),
+    "cold_start": Metric("Cold start", "From starting a fresh process to the first token or vector, files read from storage."),
+    "load_peak_rss_mb": Metric("Peak memory while loading", "The most memory the process held until it was ready."),
     "e2e": Metric("Time for the whole answer", "From the request to the last piece of the answer."),
     "encode": Metric("Time to encode", "How long one request takes; @8x128 means 8 texts of 128 tokens."),
     "decode_tok_s": Metric("Writing speed", "Tokens written per second after the first."),
@@ -59,6 +69,12 @@ METRICS: dict[str, Metric] = {
     "accuracy_drop": Metric("Accuracy lost by compiling", "Accuracy of the full model less that of the bundle."),
     "spearman": Metric("Rank correlation", "Spearman's correlation with human scores."),
     "export_faithful": Metric("Graph differs from the model", "Largest difference to the model in torch with the same stored weights, in standard deviations."),
+    "choice_accuracy": Metric("Multiple choice", "Share of questions whose likeliest choice is the right one."),
+    "choice_accuracy_norm": Metric("Multiple choice, by length", "The same, with likelihoods divided by the length of the choice."),
+    "completion_accuracy": Metric("Completion", "Share of texts that the model would have ended as they really end."),
+    "first_divergence": Metric("Tokens until answers part", "Mean number of tokens before the bundle's answer leaves the full model's."),
+    "unchanged_answers": Metric("Answers without any change", "Share of answers that equal the full model's token by token."),
+    "nll": Metric("Surprise", "Negative log-likelihood of the text, nats a token."),
     "flips": Metric("Flipped answers", "Share of items where compressed and full model disagree on right or wrong."),
 }
 # For names that `compiler.limits` does not hold, the last telling word decides: `accuracy_drop` is told by `drop`.
@@ -66,23 +82,37 @@ HIGHER_WORDS = ("accuracy", "agreement", "cosine", "f1", "match", "spearman", "c
 LOWER_WORDS = ("kl", "drop", "loss", "error", "wer", "cer", "flips", "perplexity", "ppl", "mb", "gb", "ms", "us", "size", "rss", "drift", "difference", "diff")
 
 
+SUFFIXES = (
+    ("_drop_since_base", "lost since the base"),
+    ("_since_base", "against the base"),
+    ("_excess", "lost to noise beyond the full model"),
+    ("_drop", "lost by compiling"),
+)
+
+
 def metric_of(name: str) -> Metric | None:
-    """`ttft_p95_ms` -> the row of `ttft`; `encode_ms@1x32` -> the row of `encode`; unknown -> None."""
-    plain = name.split("@")[0]
+    """`ttft_p95_ms` -> the row of `ttft`; `encode_ms@1x32` -> the row of `encode`; `typos.kl_mean` -> the row of `kl_mean`; `accuracy_excess` -> the row of
+    `accuracy`, with what the ending means; unknown -> None."""
+    plain = known_limits.bare(name)
     if plain in METRICS:
         return METRICS[plain]
+    root, said = next(((plain.removesuffix(suffix), said) for suffix, said in SUFFIXES if plain.endswith(suffix)), ("", ""))
+    if root in METRICS:
+        return Metric(f"{METRICS[root].label} {said}", f"{METRICS[root].meaning} Here: {said}.")
     match = PERCENTILE.fullmatch(plain) or SERIES.fullmatch(plain)
     return METRICS.get(match["base"]) if match else None
 
 
 def label(name: str) -> str:
-    """`ttft_p95_ms` -> "Time to first token, 95th percentile"; an unknown name is shown as it stands."""
-    metric, shape = metric_of(name), name.partition("@")[2]
-    text = metric.label if metric else name.split("@")[0].replace("_", " ")
-    match = PERCENTILE.fullmatch(name.split("@")[0])
+    """`ttft_p95_ms` -> "Time to first token, 95th percentile"; `typos.accuracy_excess` -> "Accuracy lost to noise beyond the full model (typos)"; an unknown
+    name is shown as it stands."""
+    metric, plain = metric_of(name), known_limits.bare(name)
+    text = metric.label if metric else plain.removeprefix("custom.").replace("_", " ")
+    match = PERCENTILE.fullmatch(plain)
     if match and metric:
         text += ", median" if match["percentile"] == "50" else f", {ordinal(match['percentile'])} percentile"
-    return f"{text} ({shape})" if shape else text
+    told = ", ".join(part for part in (known_limits.needed_data(name), name.partition("@")[2]) if part)
+    return f"{text} ({told})" if told else text
 
 
 def ordinal(number_text: str) -> str:
@@ -94,9 +124,10 @@ def ordinal(number_text: str) -> str:
 
 def better(check: CheckRow) -> str:
     """Whether lower or higher values are better: by the row of limits, by a word in the name, by the outcome, else lower."""
-    plain = check.name.split("@")[0].lower()
-    if plain in known_limits.BY_NAME:
-        return LOWER if known_limits.BY_NAME[plain].at_most else HIGHER
+    plain = check.name.split("@")[0]
+    if known := known_limits.lookup(plain):
+        return LOWER if known.at_most else HIGHER
+    plain = plain.lower()
     words = plain.split("_")
     if words[-2:] == ["tok", "s"]:
         return HIGHER

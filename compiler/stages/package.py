@@ -17,8 +17,8 @@ from typing import Any
 from compiler.errors import OutputError
 from compiler.stages.export import SUMMARY
 from compiler.store import ENTRY, file_digest, sync_tree, writing
+from runtimes.bundle import REPORTS
 
-REPORTS = ("report.html", "report.json", "README.md")
 NOT_IN_DIGEST = frozenset((*REPORTS, "selftest.json"))
 
 

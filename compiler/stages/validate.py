@@ -6,10 +6,12 @@ Rules:
    when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is. Only
    exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
 3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
-4. Peak memory and load time take the worst of several fresh processes; throughputs are the median over requests.
-5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`.
+4. Peak memory, load time and cold start take the worst of several fresh processes; throughputs are the median over requests.
+5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`. A limit `noise.X` must hold
+   for every kind of noise that was evaluated: `typos.X`, `casing.X` ...
 6. Time beside company (`runtimes.collect`, rule 4) passes limits as it is, and fails them only where it would if it were CROWDED times shorter.
-7. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there.
+7. A latency, memory or load limit of a machine that is not this one is INCONCLUSIVE: a number measured here says nothing there, and a smaller machine
+   that was emulated here is still another machine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.limits import BY_NAME, PERCENTILE, Quantity, plain, quantity
+from compiler.limits import BY_NAME, PERCENTILE, SCENE_PERCENTILE, Quantity, bare, covers, plain, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
 from runtimes.collect import CROWDED
 from runtimes.metrics import percentile_test
@@ -40,12 +42,13 @@ class Measured:
     scalars    name -> values of fresh processes: peak_rss_mb, load_s
     medians    name -> per-request throughputs: prefill_tok_s, decode_tok_s
     tests      limit name -> the test that the sampler decided while sampling (its confidence pays for every look)
-    dropped    samples of disturbed windows that were left out
+    dropped    samples of disturbed windows that were left out, by scenario: single, batch, server
     here       whether the machine that was measured is the target
     built_in   checks that no recipe asks for: behaviours, and whether the graph is the model
     blamed     the stage that an accuracy loss against the merged model is due to (`compiler.evaluation.attribution`)
     merged     name -> value of the merged fp32 model itself, for limits that it misses already
-    conditions one sentence: threads, prompt and output lengths
+    conditions one sentence a scenario: threads, prompt and output lengths, how requests came
+    emulated   what was imposed to make this machine as small as the target; "" for nothing
     crowded    why everything timed may be slower than this machine is, "" where nobody else was seen on it
     """
 
@@ -55,12 +58,13 @@ class Measured:
     scalars: Mapping[str, Sequence[float]]
     medians: Mapping[str, Sequence[float]]
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    dropped: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
     here: bool = True
     built_in: Sequence[Check] = ()
     blamed: str = "quantize + export"
     merged: Mapping[str, float] = field(default_factory=dict)
-    conditions: str = ""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    emulated: str = ""
     crowded: str = ""
 
 
@@ -69,8 +73,8 @@ def checks(limits: Mapping[str, float], measured: Measured) -> list[Check]:
     made = []
     for name, limit in limits.items():
         what = quantity(name, f"limits.{name}")
-        adapters = [found for found in measured.accuracy if plain(found) == name] or [name]
-        made += [_check(replace(what, name=each), limit, measured) for each in adapters]
+        each = [found for found in measured.accuracy if covers(name, found)] or [name]
+        made += [_check(replace(what, name=one), limit, measured) for one in each]
     decided = {check.name for check in made}
     return made + list(measured.built_in) + [row for row in _info(measured) if row.name not in decided]
 
@@ -80,7 +84,7 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
         return Check(what.name, measured.size_mb, what.unit, limit, PASS if measured.size_mb <= limit else FAIL, note="exact")
     if what.name in measured.accuracy:
         return _accuracy(what, limit, measured.accuracy[what.name], _stage(what, limit, measured))
-    if match := PERCENTILE.fullmatch(what.name):
+    if match := PERCENTILE.fullmatch(what.name) or SCENE_PERCENTILE.fullmatch(what.name):
         found = _percentile(what, limit, float(match["percentile"]), measured.series.get(match["series"], ()), measured)
     elif what.name in measured.scalars:
         found = _worst(what, limit, measured.scalars[what.name])
@@ -88,12 +92,13 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
         found = _median(what, limit, measured.medians[what.name])
     else:
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="not measured for this kind of model or data")
-    if measured.crowded and found.outcome == FAIL and what.name in ("load_s", *measured.medians):  # percentiles were judged so while sampling
+    if measured.crowded and found.outcome == FAIL and what.name in ("load_s", "cold_start_ms", *measured.medians):  # percentiles were judged so while sampling
         alone = found.measured / CROWDED if what.at_most else found.measured * CROWDED
         missed = alone > limit if what.at_most else alone < limit
         found = found if missed else replace(found, outcome=INCONCLUSIVE, note=f"{found.note}; {measured.crowded}")
     if not measured.here and found.outcome != INFO:
         note = "measured on another machine than the target: never a verdict about it"
+        note = f"emulation on another machine ({measured.emulated}): never a verdict about the target" if measured.emulated else note
         return Check(**{**vars(found), "outcome": INCONCLUSIVE, "note": note})
     return found
 
@@ -106,6 +111,9 @@ def built_in(name: str, measured: float, limit: float, note: str, tried: bool = 
 
 def _stage(what: Quantity, limit: float, measured: Measured) -> str:
     """Whose doing a value is: "merge" where the merged fp32 model itself misses the limit, else the stage that cost most."""
+    told = measured.accuracy[what.name].get("stage")
+    if told:
+        return str(told)
     own = measured.merged.get(what.name)
     if own is not None and not (own <= limit if what.at_most else own >= limit):
         return "merge"
@@ -130,8 +138,15 @@ def _percentile(what: Quantity, limit: float | None, percentile: float, samples:
     if not len(samples):
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="no undisturbed sample")
     test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
-    note = measured.conditions + (f"; {measured.dropped} disturbed samples left out" if measured.dropped else "")
-    note += f"; {measured.crowded}" if measured.crowded else ""
+    scene = scene_of(what.name)
+    dropped = measured.dropped.get(scene, 0)
+    told = [
+        measured.conditions.get(scene, ""),
+        f"{dropped} disturbed samples left out" if dropped else "",
+        "emulation" if measured.emulated else "",
+        measured.crowded,
+    ]
+    note = "; ".join(part for part in told if part)
     return Check(
         what.name,
         float("nan") if test["estimate"] is None else test["estimate"],
@@ -145,6 +160,12 @@ def _percentile(what: Quantity, limit: float | None, percentile: float, samples:
         None if limit is None else test["false_pass"],
         note=note,
     )
+
+
+def scene_of(name: str) -> str:
+    """The scenario that a series or a limit belongs to: `server.latency_p99_ms` -> "server", `ttft` -> "single"."""
+    scene, dot, _ = name.partition(".")
+    return scene if dot else "single"
 
 
 def _worst(what: Quantity, limit: float, values: Sequence[float]) -> Check:
@@ -178,4 +199,4 @@ def _info(measured: Measured) -> list[Check]:
 
 def _unit(name: str) -> str:
     """The unit of a measurement; "" for those that nobody can limit."""
-    return BY_NAME[plain(name)].unit if plain(name) in BY_NAME else ""
+    return next((BY_NAME[known].unit for known in (plain(name), bare(name)) if known in BY_NAME), "")

@@ -153,3 +153,45 @@ def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path
     assert sizes["size_mb"] <= 0.8 and "frontier" in (out / "tiny-here" / "report.html").read_text()
     code, stdout, _ = trimtab("plan", path)
     assert code == 0 and "lm_head" in stdout and "KL" in stdout and "cached" in stdout
+
+
+def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
+    scenarios = {
+        "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},
+        "batch": {"size": 3, "prompt_tokens": 16, "new_tokens": 4},
+    }
+    (tmp_path / "control.jsonl").write_text("\n".join(json.dumps({"context": f"Machine {n} is", "continuation": "on"}) for n in range(6)))
+    (tmp_path / "own.py").write_text("def words(row, output):\n    return len(output.split())\n")
+    limits = {
+        "server.latency_p50_ms": 1e6,
+        "batch.tok_s": 1e-3,
+        "cold_start_ms": 1e6,
+        "noise.flips": 1.0,
+        "control.completion_accuracy_drop_since_base": 1.0,
+        "custom.words_drop": 1e6,
+    }
+    asked = {"data": "eval.jsonl", "noise": ["typos"], "control": "control.jsonl", "custom": {"words": "own:words"}, "metrics": ["kl_mean"]}
+    item = {"profile": "here", "limits": limits, "scenarios": {**scenarios, "cold_start": {"processes": 1}}}
+    path = recipe({}, evaluate=asked, targets=[item], cost={"watts": 10, "alternative": {"name": "before", "size_mb": 5}})
+    out = tmp_path / "out"
+    code, _, stderr = trimtab("compile", path, "--out", out)
+    document = json.loads(next(out.glob("tiny-here*/report.json")).read_text())
+    assert breaks_schema(document) == []
+    checks = {row["name"]: row for row in document["verdict"]["checks"]}
+    assert code in (0, 4), stderr  # a busy machine may leave a latency unproven, never failed
+    assert {checks[name]["outcome"] for name in ("cold_start_ms", "typos.flips", "control.completion_accuracy_drop_since_base", "custom.words_drop")} == {
+        "PASS"
+    }
+    assert "scene server" in checks["server.latency_p50_ms"]["note"] and "rate_per_s 40" in checks["server.latency_p50_ms"]["note"]
+    assert document["latency"]["server.latency_ms"] or checks["server.latency_p50_ms"]["outcome"] == "INCONCLUSIVE"
+    assert checks["typos.kl_mean"]["outcome"] == "INFO" and "typos.perplexity" not in checks
+    assert document["robustness"] and document["side_effects"] and document["economics"]["inputs"]["watts"] == 10
+    assert all(row["energy_wh"] is not None for row in document["economics"]["stages"])
+    assert document["position"]["builds"][-1]["this"]
+    if code == 0:
+        manifest = json.loads((out / "tiny-here" / "manifest.json").read_text())
+        assert manifest["scenarios"]["server"]["rate_per_s"] == 40
+        document = json.loads(trimtab("validate", out / "tiny-here", "--json")[1])["document"]
+        assert breaks_schema(document) == []
+        again = document["verdict"]["checks"]
+        assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {row["name"] for row in again if row["limit"] is not None}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from compiler.errors import RecipeError
-from compiler.recipe import Deltas, load_recipe
+from compiler.recipe import Deltas, load_recipe, parse_recipe, parse_scenarios
 
 GOOD = """
 name: support-assistant
@@ -121,3 +121,38 @@ def test_deltas_of_one_folder_name_are_numbered_where_they_are_merged() -> None:
     assert Deltas(items=items).names == ("support", "support-3", "support-2", "Support-4")
     with pytest.raises(RecipeError, match=r"expected a name of its own for each delta, found 'support' twice"):
         Deltas(mode="attached", items=items[:2])
+
+
+def test_scenarios_on_the_command_line_are_laid_over_those_of_the_bundle():
+    found = parse_scenarios(["server.rate_per_s=2", "batch.size=4"], {"server": {"rate_per_s": 1.0, "concurrency": 3}}, {"server.latency_p99_ms": 1.0})
+    assert (found.server.rate_per_s, found.server.concurrency, found.batch.size, found.cold_start) == (2.0, 3, 4, None)
+    server, batch = found.measurements({"server.latency_p99_ms": 9.0, "batch.tok_s": 1.0, "batch.latency_p50_ms": 5.0, "server.ttft_p50_ms": 0.0})[1::-1]
+    assert server == {"scene": "server", "rate_per_s": 2.0, "concurrency": 3, "limits": {"server.latency_p99_ms": 9.0}}
+    assert batch == {"scene": "batch", "batch": 4, "limits": {"batch.latency_p50_ms": 5.0}}
+    assert parse_scenarios([], {}, {}).measurements({"cold_start_ms": 5.0}) == [{"scene": "cold"}] * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits", "message"),
+    [
+        (["server.rate=2"], {}, r"--scenario: server.rate: expected one of .*, found unknown key 'rate'; did you mean 'rate_per_s'"),
+        (
+            ["server.rate_per_s=0"],
+            {},
+            r"--scenario: server.rate_per_s: expected greater than 0|--scenario: server.rate_per_s: expected .*greater than 0, found 0",
+        ),
+        (["serve.rate_per_s=2"], {}, r"found unknown key 'serve'; did you mean 'server'"),
+        (["server"], {}, r"--scenario server: expected key.path=value"),
+        ([], {"server.latency_p99_ms": 1.0}, r"--limit server.latency_p99_ms: expected a scenario `server`.*; add --scenario server.rate_per_s=2"),
+        ([], {"batch.tok_s": 1.0}, r"add --scenario batch.size=8"),
+    ],
+)
+def test_bad_scenarios_on_the_command_line(settings, limits, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_scenarios(settings, {}, limits)
+
+
+def test_a_limit_of_a_scenario_needs_it_in_the_recipe():
+    raw = {"name": "x", "base": "b", "targets": [{"profile": "here", "limits": {"server.ttft_p95_ms": 1.0}}]}
+    with pytest.raises(RecipeError, match=r"targets.limits.server.ttft_p95_ms: expected a scenario `server`.*; add targets.scenarios: {server: {rate"):
+        parse_recipe(raw, Path("recipe.yaml"))

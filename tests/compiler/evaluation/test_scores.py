@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from compiler.errors import RecipeError
-from compiler.evaluation import decoder, encoder
+from compiler.evaluation import decoder, encoder, statistics
 from compiler.evaluation.data import Row, builtin_text
 from compiler.evaluation.run import ChatFormat
 
@@ -71,12 +71,12 @@ def test_chats_need_a_template_and_text_needs_length(tokenizer):
 
 def test_intervals_draw_sequences_and_need_five_of_them():
     values, groups = np.random.default_rng(1).standard_normal(500), np.repeat(np.arange(10), 50)
-    low, high = decoder.cluster_interval(values, groups)
+    low, high = statistics.cluster_interval(values, groups)
     assert low < values.mean() < high
-    assert decoder.cluster_interval(values[:200], groups[:200]) == (float("-inf"), float("inf"))
-    assert decoder.cluster_interval(values, groups) == (low, high) != decoder.cluster_interval(values, groups, seed=1)
-    assert decoder.cluster_interval(np.ones(500), groups) == (1.0, 1.0)
-    few = decoder.cluster_interval(np.repeat(values[::50], 50), groups)  # 50 equal tokens are one value
+    assert statistics.cluster_interval(values[:200], groups[:200]) == (float("-inf"), float("inf"))
+    assert statistics.cluster_interval(values, groups) == (low, high) != statistics.cluster_interval(values, groups, seed=1)
+    assert statistics.cluster_interval(np.ones(500), groups) == (1.0, 1.0)
+    few = statistics.cluster_interval(np.repeat(values[::50], 50), groups)  # 50 equal tokens are one value
     assert few[1] - few[0] > 2 * (high - low)
 
 
@@ -87,22 +87,22 @@ def test_intervals_cover_as_stated_at_24_sequences(kind, wrong_most):
     groups = np.repeat(np.arange(24), 20)
     for trial in range(trials):
         means = rng.gamma(1.0, 0.05, 24) if kind == "gamma" else rng.normal(0.05, 0.02, 24)
-        low, high = decoder.cluster_interval(np.repeat(means, 20), groups, seed=trial, resamples=400)
+        low, high = statistics.cluster_interval(np.repeat(means, 20), groups, seed=trial, resamples=400)
         missed += (low > 0.05, high < 0.05)
     assert missed[1] / trials <= wrong_most and missed[0] / trials <= 0.06
 
 
 def test_exact_shares():
     # Clopper-Pearson, 0 of 10 at 95 %: upper = 1 - 0.025 ** (1 / 10)
-    assert decoder.share([False] * 10)["high"] == pytest.approx(1 - 0.025**0.1)
-    assert decoder.share([True] * 10)["low"] == pytest.approx(0.025**0.1)
+    assert statistics.share([False] * 10)["high"] == pytest.approx(1 - 0.025**0.1)
+    assert statistics.share([True] * 10)["low"] == pytest.approx(0.025**0.1)
 
 
 def test_agreement_on_few_rows_proves_little():
-    few, many = decoder.paired_drop([True] * 5, [True] * 5), decoder.paired_drop([True] * 2000, [True] * 2000)
+    few, many = statistics.paired_drop([True] * 5, [True] * 5), statistics.paired_drop([True] * 2000, [True] * 2000)
     assert few["value"] == many["value"] == 0
     assert few["high"] > 0.5 and many["high"] < 0.005
-    lost = decoder.paired_drop([True] * 100, [True] * 90 + [False] * 10)
+    lost = statistics.paired_drop([True] * 100, [True] * 90 + [False] * 10)
     assert lost["value"] == pytest.approx(0.1) and lost["low"] < 0.1 < lost["high"]
 
 

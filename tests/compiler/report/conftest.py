@@ -111,3 +111,44 @@ def unproven(document: dict[str, Any]) -> dict[str, Any]:
     rows = checks()
     rows[3] = Check("ttft_p95_ms", 391.0, "ms", 400.0, INCONCLUSIVE, 212, 371.0, 430.0, 0.99, 0.31)
     return document | {"verdict": Verdict("here", rows).as_dict()}
+
+
+@pytest.fixture
+def full(document: dict[str, Any]) -> dict[str, Any]:
+    """The same with noise, a control set, other builds, cost and return, a server scenario and an emulated machine."""
+    noisy = {"reference_clean": 0.86, "bundle_clean": 0.84, "samples": 100}
+    robustness = [
+        {"noise": "typos", "metric": "exact_match", "reference": 0.8, "bundle": 0.7, "excess": 0.08, "low": 0.01, "high": 0.15, **noisy},
+        {"noise": "long", "metric": "exact_match", "reference": 0.6, "bundle": 0.6, "excess": -0.02, "low": -0.09, "high": 0.05, **noisy},
+    ]
+    effects = [
+        {
+            "metric": "choice_accuracy",
+            "base": 0.5,
+            "merged": 0.4,
+            "bundle": 0.38,
+            "change": -0.12,
+            "low": -0.2,
+            "high": -0.04,
+            "samples": 300,
+            "stage": "merge",
+        },
+        {"metric": "perplexity", "base": 18.2, "merged": 19.5, "bundle": 20.1, "change": 1.104, "low": 1.06, "high": 1.15, "samples": 3072, "stage": None},
+    ]
+    builds = [("int8-g64", 143.0, 0.002, True), ("int4-g128", 84.1, 0.11, True), ("int4-g32", 92.0, 0.12, False), ("int4-g32-asym", 86.4, 0.0432, True)]
+    position = {
+        "metric": "kl_mean",
+        "builds": [{"scheme": s, "size_mb": m, "loss": x, "latency_ms": 9.3, "front": f, "this": s == "int4-g32-asym"} for s, m, x, f in builds],
+    }
+    savings = [
+        {"what": "Weights in fp32 against the bundle", "alternative": 538.1, "bundle": 86.41, "unit": "MB", "formula": "4 bytes x parameters"},
+        {"what": "Energy of a day: fp32 <now>", "alternative": 1.2, "bundle": 0.4, "unit": "kWh", "formula": "energy of one request x requests a day"},
+    ]
+    stages = [{"stage": row["stage"], "cached": row["cached"], "seconds": row["seconds"], "energy_wh": row["seconds"] / 240} for row in document["records"]]
+    economics = {"stages": stages, "savings": savings, "inputs": {"watts": 15, "alternative": {"name": "fp32 <now>"}}}
+    timed = [{**row, "cpu_seconds": 2 * row["seconds"], "bytes": 86_000_000} for row in document["records"]]
+    rng = np.random.default_rng(5)
+    latency = document["latency"] | {"server.latency_ms": rng.gamma(8, 60, 400).round(1).tolist()}
+    target = document["target"] | {"emulation": "1 core by affinity (1 processor)"}
+    more = {"robustness": robustness, "side_effects": effects, "position": position, "economics": economics, "records": timed}
+    return document | more | {"latency": latency, "target": target}

@@ -34,6 +34,19 @@ def test_example_is_accepted_and_keeps_unknown_keys(document: dict[str, Any]) ->
     assert list(report.series) == ["ttft_ms", "tpot_ms"]
 
 
+def test_documents_match_the_published_schema_and_broken_ones_do_not(document, failed, full, breaks_schema) -> None:
+    for made in (document, failed, full):
+        assert breaks_schema(json.loads(write_document(made))) == []
+    for key, value in (
+        ("robustness", [{"noise": "typos"}]),
+        ("files", [{"path": 3}]),
+        ("schema", 2),
+        ("position", {"builds": []}),
+        ("latency", {"ttft_ms": ["fast"]}),
+    ):
+        assert breaks_schema({**json.loads(write_document(document)), key: value}), key
+
+
 @pytest.mark.parametrize("partial", [{}, {"name": "m"}, {"schema": 1, "verdict": None, "layers": [], "latency": {"ttft_ms": [], "dropped": 3}}])
 def test_every_section_may_be_missing(partial: dict[str, Any]) -> None:
     report = read_document(partial)

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.report import plots
+from compiler.report.comparison import render_html as render_comparison
+from compiler.report.comparison import render_markdown as comparison_markdown
 from compiler.report.document import CheckRow, read_document
 from compiler.report.html import layer_kind, render_html, series_limits
 from compiler.report.verdict import FAIL, INCONCLUSIVE, PASS
@@ -66,6 +68,28 @@ def assert_inert(text: str) -> None:
     style = re.search(r"<style>(.*?)</style>", text, re.S)
     assert style is not None and "url(" not in style[1] and "@import" not in style[1] and "@font-face" not in style[1]
     assert "default-src 'none'" in text
+
+
+def test_noise_side_effects_position_and_savings(full: dict[str, Any]) -> None:
+    text = render_html(full)
+    assert_inert(text)
+    page = Page(text).text
+    titles = ("With noisy input", "Outside of the task", "Among the builds of this model", "What the build cost", "What it saves")
+    places = [page.index(title) for title in titles]
+    assert places == sorted(places)
+    for fact in (
+        "0.86 → 0.8", "0.84 → 0.7", "+0.08 (0.01 to 0.15)", "more than the full model", "as much as the full model, as far as this shows",
+        "-0.12 (-0.2 to -0.04)", "the deltas", "1.1 times (1.06 to 1.15)", "No build of these models on these data is smaller and loses less.",
+        "Answer under load", "emulation Another machine stood in for the target: 1 core by affinity", "6.2 ×", "0.8 kWh", "watts 15", "Processor time", "86 MB",
+    ):  # fmt: skip
+        assert fact in page, fact
+    assert "&lt;now&gt;" in text and "<now>" not in text
+    beaten = {**full["position"], "builds": [{**row, "this": row["scheme"] == "int4-g32"} for row in full["position"]["builds"]]}
+    assert "2 other builds are no larger and lose less" in Page(render_html(full | {"position": beaten})).text
+    unstated = {**full["economics"], "inputs": {}, "savings": full["economics"]["savings"][:1]}
+    assert "Energy" not in Page(render_html(full | {"economics": unstated})).text
+    alone = {**full["position"], "builds": full["position"]["builds"][:1]}
+    assert "Among the builds" not in Page(render_html(full | {"position": alone})).text
 
 
 def test_page_answers_the_question_and_holds_every_section(document: dict[str, Any]) -> None:
@@ -214,6 +238,57 @@ def test_chromium_opens_it_without_request_or_console_message(failed: dict[str, 
     dom, hosts, console = opened(page)
     assert Page(dom).text.startswith("No: support-assistant must not go on")
     assert (hosts, console) == (set(), [])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_chromium_opens_the_new_sections_and_a_comparison(full: dict[str, Any], tmp_path: Path) -> None:
+    for name, text, begins in (("full", render_html(full), "Yes: support-assistant"), ("compared", render_comparison(comparison()), "2 bundles compared")):
+        page = tmp_path / f"{name}.html"
+        page.write_text(text, encoding="utf-8")
+        dom, hosts, console = opened(page)
+        assert begins in Page(dom).text[:80] and (hosts, console) == (set(), [])
+
+
+def comparison() -> dict[str, Any]:
+    one = {"folder": "a", "name": "<b>evil</b>\x1b[31m", "target": "here", "digest": "0" * 64, "scheme": "int8-g64", "base": "b", "deltas": ["d"]}
+    rows = [
+        {
+            "metric": "tpot_ms",
+            "unit": "ms",
+            "values": [10.0, 5.0],
+            "against_first": [{"ratio": 0.5, "low": 0.4, "high": 0.6, "p": 0.01}],
+            "samples": 5,
+            "note": "",
+        },
+        {
+            "metric": "kl_mean",
+            "unit": "nats",
+            "values": [math.nan, 0.1],
+            "against_first": [{"value": 0.1, "low": 0.09, "high": 0.11}],
+            "samples": 9,
+            "note": "",
+        },
+        {
+            "metric": "ttft_ms",
+            "unit": "ms",
+            "values": [math.nan] * 2,
+            "against_first": [{"ratio": math.nan, "low": None, "high": None}],
+            "samples": 0,
+            "note": "",
+        },
+    ]
+    samples = [{"prompt": "<script>alert(1)</script>", "expected": None, "answers": ["a", "b"]}]
+    return {"bundles": [one, {**one, "scheme": "int4-g64"}], "rows": rows, "samples": samples, "machine": "m"}
+
+
+def test_a_comparison_is_inert_and_names_what_differs() -> None:
+    text = render_comparison(comparison())
+    assert_inert(text)
+    page = Page(text).text
+    assert "against A: time per further token 0.5 times." in page and "Drift from A (mean KL)" in page
+    assert "\x1b" not in text and "<script" not in text and "&lt;b&gt;evil" in text
+    markdown = comparison_markdown(comparison())
+    assert "<script" not in markdown and "<b>" not in markdown and "0.5 times (0.4 to 0.6)" in markdown
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -67,6 +67,13 @@ def test_markdown_holds_the_verdict_and_folds_the_rest(failed: dict[str, Any]) -
     assert widths == {9}
 
 
+def test_markdown_holds_noise_side_effects_and_savings(full: dict[str, Any]) -> None:
+    text = render_markdown(full)
+    for line in ("| `typos` | Exact match | 0.86 → 0.8 | 0.84 → 0.7 | +0.08 (0.01 to 0.15) |", "| 538 MB | 86.4 MB | 6.2 × |", "| the deltas |"):
+        assert line in text, line
+    assert "<now>" not in text
+
+
 def test_markdown_text_cannot_act(document: dict[str, Any]) -> None:
     document["samples"] = [{"prompt": HOSTILE, "expected": None, "reference": HOSTILE, "bundle": HOSTILE}]
     document["lineage"]["base"]["origin"] = HOSTILE
