@@ -95,10 +95,10 @@ def _table(rows: Sequence[tuple[Case, tuple[Point, ...]]], chains: ChainPasses, 
             chains.run(min(a_pass, left))
             left = deadline - time.perf_counter()
         to_come = a_pass * sum(start > done for start in starts)
-        if done < len(rows) and left > to_come:
+        if done < len(rows) and (left > to_come or not kernels):  # one at least, however late it is
             case, points = rows[done]
             tell(str(case), done)
-            kernels += time_case(case, points, chains.threads, (left - to_come) / (len(rows) - done))
+            kernels += time_case(case, points, chains.threads, max(0.0, left - to_come) / (len(rows) - done))
     return kernels + chains.rows()
 
 
