@@ -110,7 +110,7 @@ def ablate_recipe(recipe: Recipe, by: str, limit_rows: int | None, picture: Path
     limits = [limit for limit in (limit_rows, recipe.evaluate.limit_rows) if limit]
     data = load_rows(recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None, min(limits, default=None))
     sources = mixture_of(recipe).open()
-    task = str(export_stage.resolve_options(sources.merged, recipe.quantize.schemes, recipe.task, recipe.max_length)["task"])
+    task = str(export_stage.resolve_options(sources.merged, Schemes(parse_scheme("fp32")), recipe.task, recipe.max_length)["task"])
     found = ablation.ablate(sources, data, by, task, recipe.seed, progress)
     if picture:
         with writing(picture):

@@ -13,6 +13,7 @@ from compiler.record import Stopwatch
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture
 from compiler.stages import export as export_stage
+from compiler.stages.keep import AS_IS, schemes_for
 from compiler.stages.quantize import quantized_view
 
 
@@ -40,10 +41,11 @@ def quantize_files(mixture: Mixture, scheme: str, out: Path, progress: Progress)
 
 def export_files(mixture: Mixture, scheme: str, task: str | None, out: Path, progress: Progress) -> dict[str, Any]:
     """`trimtab export`: merge, quantize and write ONNX in one stream."""
-    watch, parsed = Stopwatch(), parse_scheme(scheme, "--scheme")
+    watch = Stopwatch()
+    _ = scheme == AS_IS or parse_scheme(scheme, "--scheme")  # an unknown one is told before anything is opened
     with publishing(out) as work:
         sources = mixture.open()
-        options = export_stage.resolve_options(sources.merged, Schemes(parsed), task, None)
+        options = export_stage.resolve_options(sources.merged, schemes_for(scheme, {}, sources.merged, "--scheme"), task, None)
         with progress.stage("export", f"{scheme}, {options['road']} road"):
             summary = export_stage.export(sources.merged, options, work, progress.update)
         (work / export_stage.SUMMARY).unlink()

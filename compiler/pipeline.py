@@ -17,7 +17,6 @@ from typing import Any
 from compiler import attached, auto, judge
 from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
-from compiler.evaluation.data import EvaluationSet
 from compiler.evaluation.suite import Suite, recipe_suite
 from compiler.evaluation.tables import robustness, side_effects
 from compiler.foresight import foresee
@@ -30,9 +29,10 @@ from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
+from compiler.stages import codes, package
 from compiler.stages import export as export_stage
-from compiler.stages import package
-from compiler.stages.quantize import codes_in, predicted_bytes, quantize_matrices, resolve_method
+from compiler.stages.keep import codes_for
+from compiler.stages.quantize import predicted_bytes
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from runtimes.bundle import REPORTS
@@ -47,30 +47,12 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
 
 def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
-    schemes = schemes or recipe.quantize.schemes
+    schemes = schemes or codes.schemes_of(recipe, sources.merged)
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
     evaluate = {**suite.parts, "seed": recipe.seed}
-    quantize = None
-    if options["road"] == export_stage.DECODER:
-        quantize = resolve_method(sources.merged, schemes, {"*": recipe.quantize.method}, _calibration(recipe))
-    elif recipe.quantize.method != "rtn":
-        raise RecipeError("quantize.method", expected="rtn for an encoder", found=recipe.quantize.method, remedy="remove it: encoders round to nearest")
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, quantize)
-
-
-def _calibration(recipe: Recipe) -> EvaluationSet | None:
-    """The text that a calibrated method runs through the model; None where no method asks for any."""
-    from compiler.quantizers.methods import METHODS
-
-    return _calibration_text(recipe) if METHODS[recipe.quantize.method].calibrated else None
-
-
-def _calibration_text(recipe: Recipe) -> EvaluationSet:
-    from compiler.quantizers.windows import calibration_set
-
-    named = recipe.quantize.calibration
-    return calibration_set(None if named == "builtin" else recipe.folder / named)
+    steps = codes.code_steps(recipe, sources.merged, schemes, options["road"])
+    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, steps)
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
@@ -89,7 +71,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
-    schemes = chosen.schemes if chosen else recipe.quantize.schemes
+    schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
@@ -102,7 +84,7 @@ def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
-    return auto.sensitivity_step(sources.identity, _calibration_text(recipe).digest, recipe.seed)
+    return auto.sensitivity_step(sources.identity, codes.calibration_text(recipe).digest, recipe.seed)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -135,7 +117,9 @@ class Run:
         step = _sensitivity_step(self.recipe, self.sources)
         cached = self.store.get(step.key) is not None
         with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
-            found = auto.measured_sensitivity(self.sources.merged, step, _calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed)
+            found = auto.measured_sensitivity(
+                self.sources.merged, step, codes.calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed
+            )
         chooser = auto.Chooser(self.sources.merged, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:
@@ -149,16 +133,20 @@ class Run:
     def target(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Export and evaluate (from the store where it has them), package, measure, judge; publish on PASS."""
         plan = _plan(self.recipe, self.sources, self.suite, item, self.chosen.schemes if self.chosen else None)
+        notes = codes.notes(self.recipe, self.sources.merged, plan.step("export").params)
+        for note in notes:
+            self.progress.note(f"note: {note}")
         merged = Record("merge", "", [self.sources.merge.base.origin], [], self.sources.identity)
-        codes, quantized = self._quantize(plan, self.sources)
-        exported, export_record = self._export(plan, self.sources, codes)
-        evaluation, evaluate_record = self._evaluate(plan, exported, codes)
+        made, quantized = self._codes(plan, self.sources)
+        exported, export_record = self._export(plan, self.sources, made)
+        evaluation, evaluate_record = self._evaluate(plan, exported, made)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
         records = [merged, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
             facts = self._facts(profile, item, summary["model"], records)
+            facts["lineage"]["notes"] = [*facts["lineage"]["notes"], *notes]
             package.write_manifest(work, facts)
             self._selftest(work)
             with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
@@ -190,50 +178,51 @@ class Run:
             return []
         twin = self.sources.attached[name]
         plan = _plan(self.recipe, twin, self.suite, item, self.chosen.schemes if self.chosen else None)
-        exported, _ = self._export(plan, twin, self._quantize(plan, twin)[0])
+        exported, _ = self._export(plan, twin, self._codes(plan, twin)[0])
         with self.progress.stage("cost", f"merged and attached in turn, {attached.ROUNDS} rounds"), package.staging(work.with_name(name)) as merged:
             package.assemble(exported, merged)
             package.write_manifest(merged, {"name": name, "model": json.loads((exported / export_stage.SUMMARY).read_text())["model"]})
             return attached.cost_rows(work, merged, name, judge.threads(profile), self.progress.update)
 
-    def _quantize(self, plan: Plan, sources: Sources) -> tuple[Path | None, list[Record]]:
-        """Codes of quantizers that look at more than a row block; nothing where the export rounds to nearest as it streams."""
-        step, watch = next((step for step in plan.steps if step.stage == "quantize"), None), Stopwatch()
-        if step is None:
-            return None, []
+    def _codes(self, plan: Plan, sources: Sources) -> tuple[Path | None, list[Record]]:
+        """Codes of quantizers that look at more than a row block, with tuned scales if asked; nothing where the export rounds to nearest as it streams."""
         rest = [self.store.get(plan.step(stage).key) for stage in ("export", "evaluate")]
-        cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
-        how = ", ".join(sorted(set(step.params["methods"].values())))
-        with self.progress.stage("quantize", f"{step.params['scheme']}, {how}" + (" (cached)" if cached else "")):
-            if cached is None:
-                with self.store.make(step.key) as work:
-                    quantize_matrices(sources.merged, step.params, _calibration(self.recipe), work, self.progress.update)
-        read = [sources.merged.digest]
-        place = self.store.place(step.key)
-        record = Record("quantize", step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
-        return place, [record]
+        made: Path | None = None
+        records: list[Record] = []
+        for step in (step for step in plan.steps if step.stage in codes.STAGES):
+            watch = Stopwatch()
+            cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
+            with self.progress.stage(step.stage, codes.described(step) + (" (cached)" if cached else "")):
+                if cached is None:
+                    with self.store.make(step.key) as work:
+                        codes.make(step, self.recipe, sources.merged, made, work, self.progress)
+            made, read = self.store.place(step.key), [sources.merged.digest]
+            records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(made), **watch.account))
+        return made, records
 
-    def _export(self, plan: Plan, sources: Sources, codes: Path | None) -> tuple[Path, Record]:
+    def _export(self, plan: Plan, sources: Sources, made: Path | None) -> tuple[Path, Record]:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(sources.merged, step.params, work, self.progress.update, codes, attached.tenants(sources))
+                    export_stage.export(sources.merged, step.params, work, self.progress.update, made, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
         known = [sources.merged.digest]
         record = Record("export", step.key, known, wrote, dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
         return place, record
 
-    def _evaluate(self, plan: Plan, exported: Path, codes: Path | None) -> tuple[dict[str, Any], Record]:
+    def _evaluate(self, plan: Plan, exported: Path, made: Path | None) -> tuple[dict[str, Any], Record]:
         from compiler.evaluation.run import Exported, evaluate, evaluate_attached
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.suite.data.rows)} rows of {self.suite.data.origin}" + (" (cached)" if cached else "")):
             if cached is None:
-                files = Exported(exported, codes_in(codes) if codes else None)
+                params = plan.step("export").params
+                decodes = params["road"] == export_stage.DECODER
+                files = Exported(exported, codes_for(self.sources.merged, export_stage.schemes_in(params), made) if decodes else None)
                 base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)

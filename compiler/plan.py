@@ -15,8 +15,8 @@ from compiler.record import versions
 from compiler.store import Store, cache_key
 
 # Raised by hand whenever a stage's output changes for the same inputs.
-QUANTIZE_VERSION = 2
-EXPORT_VERSION = 2
+CODES_VERSIONS = {"quantize": 2, "tune": 1}
+EXPORT_VERSION = 3
 EVALUATE_VERSION = 5
 
 
@@ -59,22 +59,24 @@ def _state(step: Step, store: Store) -> str:
 
 
 def make_plan(
-    name: str, target: str, merge: Mapping[str, Any], export: Mapping[str, Any], evaluate: Mapping[str, Any], quantize: Mapping[str, Any] | None = None
+    name: str, target: str, merge: Mapping[str, Any], export: Mapping[str, Any], evaluate: Mapping[str, Any], codes: Mapping[str, Any] | None = None
 ) -> Plan:
     """Steps of one target.
 
     merge     base and delta digests, weights, combine method: the identity of the merged weights
-    quantize  what a quantizer that looks at more than a row block depends on; None where the export rounds to nearest as it streams
+    codes     steps that make the codes which the export takes, in order, with what each depends on: `quantize` for a quantizer that looks at more than a row
+              block, `tune` for trained scales; None where the export rounds to nearest as it streams
     export    schemes and graph options, already resolved from recipe and target
     evaluate  digest of the data, metrics
     """
     tools = versions(["numpy", "onnx-ir", "torch", "transformers"] if export["road"] == "encoder" else ["numpy", "onnx-ir", "gguf"])
     parts = {"version": EXPORT_VERSION, "merge": dict(merge), "options": dict(export), "tools": tools}
-    made = []
-    if quantize is not None:
+    made: list[Step] = []
+    for stage, options in (codes or {}).items():
         with_tools = versions(["numpy", "torch", "transformers", "tokenizers"])
-        made = [Step("quantize", quantize, {"version": QUANTIZE_VERSION, "merge": dict(merge), "options": dict(quantize), "tools": with_tools})]
-        parts["quantize"] = made[0].key
+        before = {one.stage: one.key for one in made}
+        made.append(Step(stage, options, {"version": CODES_VERSIONS[stage], "merge": dict(merge), "options": dict(options), "tools": with_tools, **before}))
+        parts[stage] = made[-1].key
     exported = Step("export", export, parts)
     evaluated_with = versions(["torch", "transformers", "onnxruntime", "tokenizers"])
     evaluated = Step("evaluate", evaluate, {"version": EVALUATE_VERSION, "export": exported.key, "options": dict(evaluate), "tools": evaluated_with})

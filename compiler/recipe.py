@@ -121,12 +121,14 @@ class CombineItem(Part):
 class Quantize(Part):
     """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}.
 
-    calibration: builtin, or a file of text or JSONL (chats or texts); only methods that look at activations read it.
+    calibration: builtin, recipe (rows of evaluate.data that are not scored), or a file of text or JSONL (chats or texts); only methods that look at
+    activations read it. tune: scales: train the scales against the float model on the same text, codes as they are (compiler.quantizers.tune).
     """
 
     scheme: str = "int4-g64"
     method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
     calibration: str = "builtin"
+    tune: Literal["scales"] | None = None
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property
@@ -135,12 +137,17 @@ class Quantize(Part):
         return self.scheme == "auto"
 
     @property
+    def chosen_later(self) -> bool:
+        """Whether the words name no scheme before the model, or the target too, is known: `auto`, `as-is` (compiler.stages.keep)."""
+        return self.scheme in ("auto", "as-is")
+
+    @property
     def fixed(self) -> dict[str, Scheme]:
         return {pattern: parse_scheme(text, f"quantize.layers.{pattern}") for pattern, text in self.layers.items()}
 
     @property
     def schemes(self) -> Schemes:
-        """The schemes as written. Raises RecipeError for `auto`, which has none before a target is known."""
+        """The schemes as written. Raises RecipeError where they are chosen later."""
         return Schemes(parse_scheme(self.scheme), self.fixed)
 
 
@@ -272,7 +279,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         raise _first_problem(error, path, listed=isinstance(raw.get("deltas"), list)) from error
     for target in {item.profile for item in recipe.targets if [t.profile for t in recipe.targets].count(item.profile) > 1}:
         raise RecipeError(f"{path}: targets", expected="each profile once", found=f"{target!r} twice", remedy="merge the two entries")
-    _ = recipe.quantize.fixed if recipe.quantize.auto else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
+    _ = recipe.quantize.fixed if recipe.quantize.chosen_later else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
     recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
     return recipe
 

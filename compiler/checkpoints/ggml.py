@@ -6,6 +6,11 @@ decodes every other type it knows. Block layouts: ggml-common.h of llama.cpp; 32
     Q4_0   d: f16, 16 bytes of nibbles             w = (q - 8) * d
     Q4_1   d: f16, m: f16, 16 bytes of nibbles     w = q * d + m
     Q8_0   d: f16, 32 x int8                       w = q * d
+
+Some types are symmetric codes with one scale a group, which is what kernels read too (`coded_scheme`, `codes`):
+
+    Q4_0, Q8_0 as above; Q5_0   d: f16, 4 bytes of fifth bits, 16 bytes of nibbles     w = (q - 16) * d
+    Q6_K   128 bytes of low nibbles, 64 of high pairs, 16 x int8 s, d: f16; 256 codes     w = (q - 32) * (d * s)
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from compiler.checkpoints.safetensors import widen
+from compiler.quantizers.affine import Quantized
+from compiler.scheme import Scheme, parse_scheme
 
 CHUNK_BLOCKS = 2048  # 256 KiB of float32: the passes over a chunk stay in the cache
 LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -110,3 +117,55 @@ def decodable(dtype: str) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+Codes = tuple[np.ndarray, np.ndarray]  # uint8 [n, values of a block], float32 scales [n, groups of a block]
+
+
+def _codes_q4_0(blocks: np.ndarray) -> Codes:
+    return _nibbles(blocks[:, 2:]), _half(blocks, 0)
+
+
+def _codes_q5_0(blocks: np.ndarray) -> Codes:
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[:, 2:6]), axis=1, bitorder="little")
+    return _nibbles(blocks[:, 6:]) | (fifth << 4), _half(blocks, 0)
+
+
+def _codes_q8_0(blocks: np.ndarray) -> Codes:
+    return blocks[:, 2:] ^ np.uint8(128), _half(blocks, 0)  # two's complement to offset 128
+
+
+def _codes_q6_k(blocks: np.ndarray) -> Codes:
+    """In each half of 128 values, 32 at a time: low nibbles of ql[0:32], of ql[32:64], then their high nibbles; pairs of qh likewise."""
+    low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    nibbles = np.concatenate([low & 15, low >> 4], axis=2)
+    pairs = (high >> (2 * np.arange(4, dtype=np.uint8))[:, None]) & 3
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32) * _half(blocks, 208)
+    return (nibbles | (pairs << 4)).reshape(-1, 256), scales
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A type whose blocks are symmetric codes. scheme: the one that holds them exactly; values of one block, and its bytes."""
+
+    scheme: Scheme
+    values: int
+    block_bytes: int
+    codes: Callable[[np.ndarray], Codes]
+
+
+LATTICES: Mapping[str, Lattice] = {
+    "Q4_0": Lattice(parse_scheme("int4-g32-s16"), 32, 18, _codes_q4_0),
+    "Q5_0": Lattice(parse_scheme("int5-g32"), 32, 22, _codes_q5_0),
+    "Q8_0": Lattice(parse_scheme("int8-g32-s16"), 32, 34, _codes_q8_0),
+    "Q6_K": Lattice(parse_scheme("int6-g16"), 256, 210, _codes_q6_k),
+}
+
+
+def codes(data: np.ndarray, dtype: str, columns: int) -> Quantized:
+    """uint8 [rows * row_bytes] of one of LATTICES -> its codes, every zero point the middle."""
+    lattice = LATTICES[dtype]
+    found, scales = lattice.codes(np.ascontiguousarray(data).reshape(-1, lattice.block_bytes))
+    scales = scales.reshape(-1, columns // (lattice.scheme.group_size or 1))
+    zeros = np.full(scales.shape, 1 << (lattice.scheme.bits - 1), np.uint8)
+    return Quantized(found.reshape(-1, columns), scales, zeros, lattice.scheme, columns)

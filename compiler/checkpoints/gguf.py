@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from compiler.checkpoints import ggml
+from compiler.checkpoints.coded import Coded
 from compiler.checkpoints.files import read_at, sha256_file
 from compiler.checkpoints.gguf_config import AUXILIARY, Family, Source, build_config, family_of, generation_config, hugging_face_name
 from compiler.checkpoints.gguf_header import Entry, Header, read_header
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import CheckpointError
+from compiler.quantizers.affine import Quantized
 
 Rows = Callable[[int, int], np.ndarray]
 
@@ -61,7 +63,7 @@ def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping
             found=entry.dtype,
             remedy="use another quantization of the model, or its safetensors",
         )
-    rows = _rows(path, entry)
+    rows: Rows = StoredRows(path, entry)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
     if family.permuted and heads:
         if entry.shape[0] % (2 * heads):
@@ -72,37 +74,71 @@ def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping
     return TensorView(name, entry.shape, entry.dtype, rows)
 
 
-def _rows(path: Path, entry: Entry) -> Rows:
-    """float32 [n, columns]; a vector reads as rows of one value."""
-    tail = entry.shape[1:]
-    if len(entry.shape) < 2:  # vectors are never quantized: GGUF packs along the last dimension
-        row_bytes, columns = ggml.row_size(entry.dtype, 1), 1
-    else:
-        columns = entry.shape[-1]
-        row_bytes = ggml.row_size(entry.dtype, columns) * int(np.prod(tail[:-1], dtype=np.int64))
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of one tensor: called, float32 [n, columns], a vector as rows of one value; `coded`, its codes where a kernel can take them."""
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        data = read_at(path, entry.begin + start * row_bytes, (stop - start) * row_bytes)
-        return ggml.decode(data, entry.dtype, columns).reshape(stop - start, *tail)
+    path: Path
+    entry: Entry
 
-    return rows
+    @property
+    def columns(self) -> int:
+        return self.entry.shape[-1] if len(self.entry.shape) > 1 else 1  # vectors are never quantized: GGUF packs along the last dimension
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        return ggml.decode(self._data(start, stop), self.entry.dtype, self.columns).reshape(stop - start, *self.entry.shape[1:])
+
+    @property
+    def coded(self) -> Coded | None:
+        if len(self.entry.shape) != 2 or self.entry.dtype not in ggml.LATTICES:
+            return None
+        return Coded(ggml.LATTICES[self.entry.dtype].scheme, lambda start, stop: ggml.codes(self._data(start, stop), self.entry.dtype, self.columns))
+
+    def _data(self, start: int, stop: int) -> np.ndarray:
+        row_bytes = ggml.row_size(self.entry.dtype, self.columns) * int(np.prod(self.entry.shape[1:-1], dtype=np.int64))
+        return read_at(self.path, self.entry.begin + start * row_bytes, (stop - start) * row_bytes)
 
 
 def _whole(path: Path, entry: Entry) -> np.ndarray:
-    return _rows(path, entry)(0, entry.shape[0])
+    return StoredRows(path, entry)(0, entry.shape[0])
+
+
+@dataclass(frozen=True)
+class HeadsInOrder:
+    """Rule 1 above: heads that cover the wanted rows are read whole, at most two heads more than asked for."""
+
+    stored: Rows
+    head_dim: int
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        first, last = self._heads(start, stop)
+        return self._ordered(self.stored(first, last), start - first, stop - first)
+
+    @property
+    def coded(self) -> Coded | None:
+        stored: Coded | None = getattr(self.stored, "coded", None)
+        if stored is None:
+            return None
+
+        def rows(start: int, stop: int) -> Quantized:
+            first, last = self._heads(start, stop)
+            found = stored.rows(first, last)
+            places = (start - first, stop - first)
+            zeros = None if found.zero_points is None else self._ordered(found.zero_points, *places)
+            return replace(found, codes=self._ordered(found.codes, *places), scales=self._ordered(found.scales, *places), zero_points=zeros)
+
+        return Coded(stored.scheme, rows)
+
+    def _heads(self, start: int, stop: int) -> tuple[int, int]:
+        return start // self.head_dim * self.head_dim, -(-stop // self.head_dim) * self.head_dim
+
+    def _ordered(self, block: np.ndarray, start: int, stop: int) -> np.ndarray:
+        pairs = block.reshape(-1, self.head_dim // 2, 2, *block.shape[1:])
+        return np.swapaxes(pairs, 1, 2).reshape(block.shape)[start:stop]
 
 
 def _unpermuted(stored: Rows, head_dim: int) -> Rows:
-    """Rule 1 above: heads that cover the wanted rows are read whole, at most two heads more than asked for."""
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        first, last = start // head_dim, -(-stop // head_dim)
-        block = stored(first * head_dim, last * head_dim)
-        pairs = block.reshape(last - first, head_dim // 2, 2, *block.shape[1:])
-        ordered = np.swapaxes(pairs, 1, 2).reshape(block.shape)
-        return ordered[start - first * head_dim : stop - first * head_dim]
-
-    return rows
+    return HeadsInOrder(stored, head_dim)
 
 
 def _shifted(stored: Rows, shift: float) -> Rows:

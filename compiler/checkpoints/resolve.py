@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compiler.checkpoints.files import FolderAssets, read_json, sha256_file, sha256_parts
+from compiler.checkpoints.packed import config_files, unpacked
 from compiler.checkpoints.safetensors import file_tensors, sharded_tensors
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import CheckpointError
@@ -145,9 +146,11 @@ def open_folder(folder: Path, origin: str, weights: str | None = None) -> Checkp
 
     def digest() -> str:
         small = ["config.json", *names]
-        return sha256_parts({str(path.relative_to(folder)): sha256_file(path) for path in [*files, *(folder / name for name in small)]})
+        paths = [*files, *(folder / name for name in small), *config_files(folder)]
+        return sha256_parts({str(path.relative_to(folder)): sha256_file(path) for path in paths})
 
-    return Checkpoint(tensors, read_json(config_path, "the model's config"), FolderAssets(folder, names), origin, digest)
+    weights_of, config = unpacked(tensors, read_json(config_path, "the model's config"), folder, origin)
+    return Checkpoint(weights_of, config, FolderAssets(folder, names), origin, digest)
 
 
 def _single_file(folder: Path) -> Path:

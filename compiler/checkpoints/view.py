@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from compiler.checkpoints.coded import Coded
 
 ROW_BLOCK_BYTES = 16 << 20  # float32 bytes in one block of `TensorView.blocks`
 
@@ -33,6 +36,11 @@ class TensorView:
     def raw(self) -> Callable[[int, int], bytes] | None:
         """The same rows as stored, little endian, None where they are computed. It belongs to `rows`, so a view with other rows cannot keep it."""
         return getattr(self.rows, "raw", None)
+
+    @property
+    def coded(self) -> Coded | None:
+        """The codes of a matrix that is stored quantized, None where there are none that a kernel takes. They belong to `rows`, as `raw` does."""
+        return getattr(self.rows, "coded", None)
 
     @property
     def row_count(self) -> int:

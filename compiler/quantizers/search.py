@@ -9,6 +9,9 @@ For a group of weights w with importances h >= 0 (the diagonal of the input seco
 2. the scale is refitted to each candidate's codes, scale = sum(h w u) / sum(h u^2) with u = code - zero_point, and the codes to it once more
 3. the candidate of least loss wins; plain round-to-nearest is one of them, so the loss is never above it
 
+Worked case, 4 bits symmetric: of [7, -7, 3, -1] rounding to nearest takes the scale 7 / -8 and gives [7, -6.125, 2.625, -0.875]; the range that clips
+neither sign has the scale -1, and all four are met.
+
 Source: the searches of llama.cpp's k-quants (ggml-quants.c, make_qkx2_quants) and of OmniQuant (arXiv 2308.13137) are of this kind.
 """
 

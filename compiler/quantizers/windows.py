@@ -27,6 +27,20 @@ def calibration_set(path: Path | None) -> EvaluationSet:
     return EvaluationSet((Row(text=data.decode()),), hashlib.sha256(data).hexdigest(), "builtin")
 
 
+def unscored_rows(path: Path | None, scored: int | None) -> tuple[EvaluationSet, str]:
+    """`calibration: recipe`: the rows of the evaluation's file beyond the first `scored`, and "" or what to tell the user.
+
+    Of 100 rows with 60 scored the last 40. None scored is all: then all rows, and the score flatters. Raises RecipeError without a file of the recipe's own.
+    """
+    if path is None:
+        raise RecipeError("quantize.calibration", expected="evaluate.data to calibrate on", found="the built-in text, which is scored", remedy="choose builtin")
+    whole = load_rows(path, place="evaluate.data")
+    rest = whole.rows[scored:] if scored else ()
+    if not rest:
+        return whole, "calibrated on the rows that are scored, which flatters the scores; evaluate.limit_rows would leave some for calibration alone"
+    return EvaluationSet(tuple(rest), hashlib.sha256(f"{whole.digest}|from {scored}".encode()).hexdigest(), whole.origin), ""
+
+
 def token_windows(rows: EvaluationSet, checkpoint: Checkpoint, count: int = WINDOWS, length: int = WINDOW) -> np.ndarray:
     """int64 [at most count, at most length]: all rows tokenized (chats in full, as the template writes them), joined by the end token, cut, thinned evenly.
 

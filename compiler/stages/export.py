@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import ENCODER_SCHEMES, Scheme, Schemes, matrix_name, parse_scheme
-from compiler.stages.quantize import codes_in
+from compiler.stages.keep import codes_for
 from compiler.store import writing
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, 
     return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": task or infer_task(checkpoint), "max_length": max_length}
 
 
+def schemes_in(options: Mapping[str, Any]) -> Schemes:
+    """The schemes that the parameters of an export name."""
+    return Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
+
+
 def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
     """An override that changes nothing is a mistake that would otherwise look like a choice."""
     if schemes.overrides and way == ENCODER:
@@ -92,7 +97,7 @@ def export(
 ) -> dict[str, Any]:
     """Fill `directory` with graph, weights, configs and tokenizer; returns {"model": ..., "layers": [...]} and writes it as export.json.
 
-    codes    a folder of the quantize step (decoders); None: everything is rounded to nearest as it streams
+    codes    a folder of the quantize step (decoders); None: what came with codes that the scheme holds keeps them, the rest is rounded to nearest
     tenants  adapters that stay unmerged; decoders only
 
     Raises ArchitectureError, CheckpointError or OutputError.
@@ -101,10 +106,10 @@ def export(
     from compiler.graph.lint import require_clean
 
     require_tokenizer(checkpoint)
-    schemes = Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
+    schemes = schemes_in(options)
     with writing(directory):
         if options["road"] == DECODER:
-            more = {"codes_of": codes_in(codes) if codes is not None else None, "tenants": tenants}
+            more = {"codes_of": codes_for(checkpoint, schemes, codes), "tenants": tenants}
             summary = _decoder(checkpoint, schemes, options, directory, report, more)
         else:
             summary = _encoder(checkpoint, schemes, options, directory, report)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from compiler.checkpoints.coded import holds
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import RecipeError
 from compiler.evaluation.data import EvaluationSet
@@ -52,6 +53,8 @@ def quantized_view(checkpoint: Checkpoint, schemes: Schemes) -> Checkpoint:
                 return dequantize_rows(*quantize_rows(block))
             return affine.dequantize(affine.quantize(block, scheme))
 
+        if view.coded is not None and holds(scheme, view.coded.scheme):
+            return replace(view, dtype="F32")
         return replace(view, dtype="F32", rows=rows)
 
     tensors = {name: through(view, scheme) if (scheme := scheme_of(view, schemes, checkpoint.config)) else view for name, view in checkpoint.tensors.items()}

@@ -22,7 +22,10 @@ from compiler.checkpoints.gguf_config import FAMILIES  # noqa: E402
 from compiler.checkpoints.gguf_tokenizer import PRE_TOKENIZERS, merges_from_scores, tokenizer_config, tokenizer_json  # noqa: E402
 from compiler.checkpoints.resolve import open_checkpoint, require_tokenizer  # noqa: E402
 from compiler.checkpoints.write import write_checkpoint  # noqa: E402
-from compiler.errors import CheckpointError  # noqa: E402
+from compiler.errors import CheckpointError, RecipeError  # noqa: E402
+from compiler.quantizers.affine import dequantize  # noqa: E402
+from compiler.quantizers.pack import unpack  # noqa: E402
+from compiler.stages.keep import as_is, codes_for  # noqa: E402
 
 TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
@@ -256,6 +259,37 @@ def test_row_blocks_of_a_quantized_file_make_the_whole(kind: str, tmp_path: Path
         for limit in (1, 500, 3000):
             np.testing.assert_array_equal(np.concatenate([block for _, block in view.blocks(limit)]), whole)
     assert kinds == {"F32", kind}
+
+
+@pytest.mark.parametrize("dtype", ggml.LATTICES)
+def test_codes_of_a_type_stand_for_what_it_decodes_to(dtype: str) -> None:
+    data = np.random.default_rng(4).integers(0, 256, (5, ggml.row_size(dtype, 512)), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = np.asarray(gguf.dequantize(data, gguf.GGMLQuantizationType[dtype]), np.float32)
+        quantized = ggml.codes(data.reshape(-1), dtype, 512)
+        np.testing.assert_array_equal(dequantize(quantized), expected)
+    assert quantized.codes.max() < 1 << quantized.scheme.bits and quantized.zero_points is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q4_1"])
+def test_codes_of_a_file_are_kept_in_the_order_of_the_rows(kind: str, tmp_path: Path) -> None:
+    convert(build("llama"), tmp_path / "m.gguf", kind)
+    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
+    if kind == "Q4_1":  # its offsets are no zero points
+        with pytest.raises(RecipeError, match="Q4_1"):
+            as_is(checkpoint, {})
+        return
+    for name in ("q_proj", "k_proj", "o_proj"):  # the first two are stored in llama's rotary order
+        view = checkpoint.tensors[f"model.layers.0.self_attn.{name}.weight"]
+        assert view.coded is not None
+        np.testing.assert_array_equal(dequantize(view.coded.rows(3, 13)), view.read()[3:13])
+    schemes = as_is(checkpoint, {})
+    assert str(schemes.default) == str(ggml.LATTICES[kind].scheme) and not schemes.overrides
+    packed = codes_for(checkpoint, schemes)("model.layers.1.attn.qkv_proj")
+    assert packed is not None
+    wanted = [checkpoint.tensors[f"model.layers.1.self_attn.{part}_proj.weight"].read() for part in "qkv"]
+    np.testing.assert_array_equal(dequantize(unpack(packed, schemes.default, 32)), np.concatenate(wanted))
 
 
 def test_rows_of_the_family_table_agree_with_the_gguf_package() -> None:

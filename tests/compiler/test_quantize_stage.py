@@ -14,7 +14,7 @@ from compiler.quantizers import affine
 from compiler.quantizers.calibrate import second_moments
 from compiler.quantizers.moments import output_error
 from compiler.quantizers.pack import unpack
-from compiler.quantizers.windows import calibration_set, token_windows
+from compiler.quantizers.windows import calibration_set, token_windows, unscored_rows
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages.quantize import codes_in, matrices, method_of, quantize_matrices, resolve_method
 
@@ -77,6 +77,40 @@ def test_one_recipe_to_one_bundle_with_those_codes(tiny_llama, trimtab, tmp_path
     (tmp_path / "notes.txt").write_text("Another text, which is another calibration. " * 40)
     steps = {step["stage"]: step["state"] for step in json.loads(trimtab("plan", recipe, "--json")[1])[0]["steps"]}
     assert steps["quantize"] == steps["export"] == "to do"
+
+
+def test_the_recipe_s_own_rows_calibrate(tiny_llama, trimtab, tmp_path):
+    """Chats of the evaluation that are not scored; where all are, the report says what that does to the scores."""
+    chats = [[{"role": "user", "content": f"When does ferry {n} leave?"}, {"role": "assistant", "content": f"At {n % 24} on the hour."}] for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    held, flag = unscored_rows(tmp_path / "rows.jsonl", 30)
+    assert [row.messages[0]["content"] for row in held.rows] == [f"When does ferry {n} leave?" for n in range(30, 40)] and flag == ""
+    assert len(unscored_rows(tmp_path / "rows.jsonl", 40)[0].rows) == len(unscored_rows(tmp_path / "rows.jsonl", None)[0].rows) == 40
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.format(base=tiny_llama).replace("notes.txt", "recipe")
+    digests = set()
+    for limit in ("", "limit_rows: 30", "limit_rows: 20"):
+        recipe.write_text(f"{text}evaluate: {{data: rows.jsonl, {limit}}}\n")
+        steps = json.loads(trimtab("plan", recipe, "--json")[1])[0]["steps"]
+        digests.add(next(step["params"]["calibration"] for step in steps if step["stage"] == "quantize"))
+    assert len(digests) == 3
+    code, _, err = trimtab("compile", recipe, "--out", tmp_path / "out")
+    assert code == 0 and "flatters" not in err, err
+    recipe.write_text(f"{text}evaluate: {{data: rows.jsonl}}\n")
+    code, _, err = trimtab("compile", recipe, "--out", tmp_path / "out2", "--set", "quantize.tune=scales")
+    assert code == 0 and "flatters the scores" in err and "KL on calibration windows held out" in err
+    manifest = json.loads((tmp_path / "out2" / "tiny-here" / "manifest.json").read_text())
+    (note,) = manifest["lineage"]["notes"]
+    assert "flatters the scores" in note
+    keys = {record["stage"]: record["key"] for record in manifest["records"]}
+    made, tuned = (codes_in(tmp_path / "store" / "entries" / keys[stage])("model.layers.1.mlp.down_proj") for stage in ("quantize", "tune"))
+    graph = ir.load(tmp_path / "out2" / "tiny-here" / "model.onnx").graph
+    stored = {part: graph.initializers[f"model.layers.1.mlp.down_proj.{part}"].const_value.numpy() for part in ("codes", "scales")}
+    assert np.array_equal(made.codes, tuned.codes) and np.array_equal(tuned.codes, stored["codes"])
+    assert np.array_equal(tuned.scales, stored["scales"]) and not np.array_equal(made.scales, tuned.scales)
+    recipe.write_text(text)
+    code, _, err = trimtab("plan", recipe)
+    assert code == 2 and "evaluate.data to calibrate on" in err
 
 
 def test_rtn_is_no_step(tiny_llama):

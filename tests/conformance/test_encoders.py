@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.graph.encoder import export_encoder
 from compiler.graph.encoder_task import TESTED
+from compiler.graph.lint import require_clean
 from compiler.reference import model_class_of, reference_model
 from compiler.scheme import parse_scheme
 
@@ -148,6 +150,12 @@ def test_minilm_sentence_vectors(scheme: str, tmp_path: Path) -> None:
     assert (export.task, export.pooling, export.normalize, export.max_length) == ("feature-extraction", "mean", True, 256)
     assert export.outputs == ("sentence_embedding",)
     assert sum(export.files.values()) / 1e6 <= LIMIT_MB[scheme]
+    stored = {value.name: value.const_value.numpy() for value in ir.load(tmp_path / "model.onnx").graph.initializers.values()}
+    signed = [np.abs(codes.astype(int)) for codes in stored.values() if codes.dtype == np.int8 and codes.ndim == 2]
+    assert len(signed) == (12 if scheme == "int8" else 0)  # queries, keys and values together, and up, of six layers
+    for codes in signed:  # [in, out]: sums of two products that processors without VNNI take in 16 bits
+        assert 255 * (codes[0::2] + codes[1::2]).max() < 2**15
+    require_clean(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     reference = reference_model(checkpoint, "feature-extraction")
     cosines = []

@@ -103,6 +103,52 @@ def test_rows_do_not_know_each_other(method):
     assert np.array_equal(whole.codes[order], shuffled.codes) and np.allclose(whole.scales[order], shuffled.scales, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("text", ["int4-g32-asym", "int3-g32"])
+def test_groups_may_stand_in_any_order(method, text):
+    """Columns moved by whole groups, and H with them: the same codes and scales, moved likewise."""
+    weight, moment = problem(7)
+    order = np.random.default_rng(1).permutation(5)
+    columns = (order[:, None] * 32 + np.arange(32)).ravel()
+    scheme = parse_scheme(text)
+    plain = unpack(METHODS[method].quantize(weight, scheme, moment), scheme, 160)
+    moved = unpack(METHODS[method].quantize(weight[:, columns], scheme, moment[np.ix_(columns, columns)]), scheme, 160)
+    # float32 sums in another order: a tie may fall to the other side, and GPTQ carries it on
+    assert (plain.codes[:, columns] != moved.codes).mean() < 0.01
+    same = (plain.codes[:, columns] == moved.codes).all(axis=1)
+    assert same.sum() >= len(weight) // 2 and np.allclose(plain.scales[same][:, order], moved.scales[same], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("text", SCHEMES)
+def test_what_is_on_the_lattice_stays_there(method, text):
+    """A round trip: weights that codes stand for are met again, by every method."""
+    weight, moment = problem(8)
+    scheme = parse_scheme(text)
+    once = affine.dequantize(affine.quantize(weight, scheme))
+    again = affine.dequantize(unpack(METHODS[method].quantize(once, scheme, moment), scheme, 160))
+    assert np.allclose(again, once, atol=2e-3 * np.abs(once).max() if scheme.half_scales else 1e-5 * np.abs(once).max())
+
+
+def test_worked_case_of_the_search():
+    weight = np.array([[7, -7, 3, -1] + [0] * 12], np.float32)
+    scheme = parse_scheme("int4-g16")
+    assert affine.dequantize(affine.quantize(weight, scheme))[0, :4].tolist() == [7, -6.125, 2.625, -0.875]
+    found = search.quantize(weight, scheme)
+    assert found.scales.tolist() == [[-1.0]] and np.array_equal(affine.dequantize(found), weight)
+
+
+def test_worked_case_of_carrying():
+    moment = np.eye(16)
+    moment[0, 1] = moment[1, 0] = 0.9
+    weight = np.array([[0.4, 0.4] + [0] * 14], np.float32)
+    start = affine.Quantized(np.full((1, 16), 8, np.uint8), np.ones((1, 1), np.float32), None, parse_scheme("int4-g16"), 16)
+    carried = affine.dequantize(gptq._carry(weight, start, np.arange(16), gptq.inverse_factor(moment)))
+    assert carried[0].tolist() == [0, 1] + [0] * 14
+    losses = [output_error(weight - made, moment) for made in (np.zeros_like(weight), carried)]
+    assert np.allclose(losses, [0.608, 0.088], atol=1e-6)
+
+
 def test_inputs_that_never_fire_do_no_harm():
     weight, moment = problem(4)
     moment[:, 5] = moment[5] = 0
