@@ -198,7 +198,7 @@ class Step:
         self.session = open_model(_prologue(), threads)
         self.binding = self.session.io_binding()
         self.mask = np.ones((1, context + 1), np.int64)
-        self.results = [np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 1), np.int64)]
+        self.results: list[NDArray[Any]] = [np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 1), np.int64)]
         self.logits = np.random.default_rng(0).standard_normal((1, VOCABULARY), np.float32)
         for value, array in zip(self.session.get_outputs(), self.results, strict=True):
             self.binding.bind_output(value.name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
