@@ -1,10 +1,12 @@
 """The main job end to end on a tiny real model, through the command line: verdicts, caching, what is published and what is not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from compiler import judge
+from targets import profile
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,12 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
     if code == 0:
         manifest = json.loads((out / "tiny-here" / "manifest.json").read_text())
         assert manifest["scenarios"]["server"]["rate_per_s"] == 40
-        document = json.loads(trimtab("validate", out / "tiny-here", "--json")[1])["document"]
-        assert breaks_schema(document) == []
-        again = document["verdict"]["checks"]
-        assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {row["name"] for row in again if row["limit"] is not None}
+        small = replace(profile.here(), id="small", cores=1, threads=1, memory_bytes=4 * 10**9, fingerprint="")
+        (tmp_path / "small.yaml").write_text(profile.dump_profile(small))
+        code, stdout, _ = trimtab("validate", out / "tiny-here", "--target", tmp_path / "small.yaml", "--json")
+        document = json.loads(stdout)["document"]
+        assert code == 4 and "4 GB of memory" in document["target"]["emulation"] and breaks_schema(document) == []
+        checks = {row["name"]: row for row in document["verdict"]["checks"]}
+        assert checks["cold_start_ms"]["outcome"] == checks["server.latency_p50_ms"]["outcome"] == "INCONCLUSIVE"
+        assert "emulation on another machine" in checks["cold_start_ms"]["note"] and checks["typos.flips"]["outcome"] == "PASS"
+        assert {"server.latency_p50_ms", "cold_start_ms", "batch.tok_s", "typos.flips"} <= {name for name, row in checks.items() if row["limit"] is not None}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from runtimes import confine, openloop
 from runtimes.bench import BenchOptions, measure_in_child
 from runtimes.collect import Budget, Limit
 from runtimes.confine import Confinement, confinement, processors, siblings
-from runtimes.openloop import Load, Served, arrivals, episode, open_loop
+from runtimes.openloop import Load, arrivals, episode, open_loop
 from targets.errors import TrimtabError
 from targets.machine import usable_cores, usable_memory
 from targets.profile import here
@@ -57,27 +58,64 @@ def test_arrivals_are_poisson_and_seeded() -> None:
     assert times == arrivals(Load(50.0, seed=3), 20_000, 0) != arrivals(Load(50.0, seed=3), 20_000, 1)
 
 
-def test_waiting_counts_from_the_intended_arrival() -> None:
-    """Four requests at once, one slot of 40 ms each: the last waits for three others, though the server never saw it late."""
-    served, whole = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 1)
-    assert whole == 4
-    latencies = [one.done - one.intended for one in served]
-    assert latencies == sorted(latencies) and latencies[3] >= 0.16 and served[3].first - served[3].intended >= 0.13
-    assert all(isinstance(one, Served) and one.begun >= one.intended for one in served)
-    four, _ = episode(sleeper(40.0), [0.0, 0.0, 0.0, 0.0], 4)
-    assert max(one.begun for one in four) < served[3].begun  # with four slots nobody waits
+class Clock:
+    """A clock that only moves when somebody waits or serves: one slot, no real time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def serving(self, seconds: Iterator[float]) -> Callable[[], dict[str, float]]:
+        """Requests that take so long, their first token after a quarter of it."""
+
+        def serve() -> dict[str, float]:
+            took = next(seconds)
+            self.now += took
+            return {"latency_ms": took * 1e3, "ttft_ms": took * 250.0}
+
+        return serve
 
 
-def test_a_stalled_server_is_charged_for_those_who_came_meanwhile() -> None:
-    """The test of coordinated omission: one stall of 200 ms; a closed loop would count one slow request, here all that came during it are late."""
-    calls = iter([200.0] + [1.0] * 19)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(openloop, "time", made)
+    return made
 
-    def serve() -> dict[str, float]:
-        return sleeper(next(calls))()
 
-    served, _ = episode(serve, [number * 0.01 for number in range(20)], 1)
-    late = [one.done - one.intended for one in served]
-    assert sum(value > 0.05 for value in late) >= 10 and sum(one.done - one.begun > 0.05 for one in served) == 1
+def test_waiting_counts_from_the_intended_arrival(clock: Clock) -> None:
+    """Four requests at once, one slot of 40 ms each: the last waits for three others, though no request took longer than 40 ms."""
+    served, whole = episode(clock.serving(itertools.repeat(0.04)), [0.0] * 4, 1)
+    begin = served[0].begun
+    assert whole == 4 and [one.done for one in served] == pytest.approx([begin + 0.04 * number for number in (1, 2, 3, 4)])
+    assert [one.first - one.intended for one in served] == pytest.approx([begin + 0.04 * number + 0.01 for number in range(4)])
+
+
+def test_slots_serve_at_the_same_time() -> None:
+    four, _ = episode(sleeper(40.0), [0.0] * 4, 4)
+    assert max(one.begun for one in four) < min(one.done for one in four)
+
+
+def test_a_stalled_server_is_charged_for_those_who_came_meanwhile(clock: Clock) -> None:
+    """The test of coordinated omission: one stall of 200 ms. A closed loop would count one slow request; here all that came during it are late."""
+    served, _ = episode(clock.serving(iter([0.2] + [0.001] * 19)), [number * 0.01 for number in range(20)], 1)
+    assert sum(one.done - one.begun > 0.05 for one in served) == 1 and sum(one.done - one.intended > 0.05 for one in served) == 17
+
+
+@pytest.mark.parametrize("utilisation", [0.5, 0.8])
+def test_a_queue_of_known_law(clock: Clock, utilisation: float) -> None:
+    """M/M/1: with exponential service of rate m and arrivals of rate l, the time in the system is exponential with rate m - l (Kleinrock 1975, section 3.2)."""
+    rng, load = np.random.default_rng(0), Load(utilisation * 10.0, seed=1)
+    served, whole = episode(clock.serving(iter(rng.exponential(0.1, 25_000))), arrivals(load, 25_000, 0), 1)
+    times = np.array([one.done - one.intended for one in served[2000:]])
+    assert whole == 25_000
+    for percentile in (50, 90, 99):
+        assert np.percentile(times, percentile) == pytest.approx(-np.log(1 - percentile / 100) / (10.0 * (1 - utilisation)), rel=0.15)
 
 
 def test_who_is_not_served_in_time_has_waited_at_least_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +128,8 @@ def test_who_is_not_served_in_time_has_waited_at_least_so_long(monkeypatch: pyte
 def test_utilisation_overload_and_dropped_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openloop, "EPISODE_SECONDS", 0.4)
     budget = Budget(least=10, most=40, seconds=20.0)
-    samples, used = open_loop(sleeper(2.0), Load(100.0), [Limit("server.latency_ms", 50.0, 1e4)], budget, Quiet())
-    assert 0.15 < used < 0.8 and samples.tests[0][1].outcome == "PASS" and len(samples.values["server.ttft_ms"]) >= 32
+    samples, used = open_loop(sleeper(1.0), Load(20.0), [Limit("server.latency_ms", 50.0, 1e4)], budget, Quiet())
+    assert 0.015 < used < 1 and samples.tests[0][1].outcome == "PASS" and len(samples.values["server.ttft_ms"]) >= 32
     (_, test), utilisation = (found := open_loop(sleeper(10.0), Load(400.0), [Limit("server.latency_ms", 50.0, 1e6)], budget, Quiet()))[0].tests[0], found[1]
     assert utilisation > 1 and test.outcome == "INCONCLUSIVE"  # under the limit while we looked, and growing
     samples, _ = open_loop(sleeper(1.0), Load(200.0), [], Budget(least=4, most=4, seconds=1.0), Quiet((True, False)))
