@@ -287,11 +287,11 @@ def _wide(folder: Path, task: str) -> dict[str, np.ndarray]:
 
 
 def broken(healthy: Healthy, fault: str, folder: Path, seed: int = 0) -> Path:
-    """A copy of the export with the fault in its graph; the data is linked."""
+    """A copy of the export with the fault in its graph; the data is the same file."""
     folder.mkdir()
     for path in healthy.folder.iterdir():
         if path.name != "model.onnx":
-            (folder / path.name).symlink_to(path)
+            (folder / path.name).hardlink_to(path)  # onnxruntime follows no link out of the folder
     model, _, inject = FAULTS[fault]
     graph = Graph(healthy.folder / "model.onnx")
     graph.path = folder / "model.onnx"
