@@ -1,13 +1,15 @@
-"""Accuracy per byte: KL to the fp32 reference at given sizes, ours beside llama.cpp with an importance matrix, in one run.
+"""Accuracy per byte: KL to the fp32 reference at given sizes, ours beside llama.cpp with an importance matrix and OpenVINO, in one run.
 
-    python benchmarks/accuracy.py --model HF_FOLDER --text SCORED.txt --calibration OTHER.txt [--llama ENVIRONMENT] [--out benchmarks/results/accuracy]
+    python benchmarks/accuracy.py --text FILE [--calibration OTHER] [--model HF_FOLDER --gguf FILE] [--peers llama.cpp openvino] [--out OUT]
 
 Scored as in many papers' tables: windows of 512 tokens, the first half context, the second half scored; mean over tokens of KL(reference || model) in nats.
-Ours are the exported graphs in onnxruntime. Peers are quantized here from the same weights, their importance matrix from the same calibration text, and run by
-llama-cpp-python, in an environment made by benchmarks/peers.py (without --llama there are no peers). Scored and calibration text must differ.
+Ours are the exported graphs in onnxruntime: uniform schemes, and `scheme: auto` at each size. Peers are quantized here from the same weights, llama.cpp's
+importance matrix from the same calibration text, and run in environments made by benchmarks/peers.py. The calibration text is another text; without one, the
+second half of FILE, of which only the first half is scored then. Without --model: SmolLM2-135M moved off its 4-bit lattice (benchmarks/reference.py).
 
-Writes OUT.json (rows {system, metric, value, unit, low, high}), OUT.png (size against KL) and prints, for each size, the best of ours and of the peers of at
-most that size.
+Every system's row is written to OUT.json (rows {system, metric, value, unit, low, high}) when it is measured, and systems that stand there already
+are not measured again (delete the file to start anew). Then OUT.png (size against KL) and, for each size, the best of ours and of the peers of at most
+that size.
 """
 
 from __future__ import annotations
@@ -18,32 +20,48 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compiler import auto
+from compiler.bench.peers import environments, python_of
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder
 from compiler.evaluation.data import load_rows
 from compiler.evaluation.run import ChatFormat
 from compiler.evaluation.statistics import cluster_interval
-from compiler.quantizers.windows import calibration_set
+from compiler.quantizers.smooth import smoothed, smoothing
+from compiler.quantizers.windows import calibration_set, token_windows
 from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages import export as export_stage
+from compiler.stages import smooth as smooth_stage
 from compiler.stages.quantize import quantize_matrices, resolve_method
+from compiler.store import Store
 from runtimes.metrics import log_softmax
+from targets.profile import load_profile
 
 SIZES_MB = (77, 92, 105, 112, 136, 145)
-PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+IMATRIX_CHUNKS = 60  # of 512 tokens
+LLAMA_TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 WITHOUT_IMATRIX = ("Q8_0",)  # takes none
 HALF = decoder.WINDOW // 2
-# Runs inside the peer's environment: numpy and llama_cpp only.
-CHILD = """
+# These run inside the peers' environments: numpy and the peer only.
+COMPARE = """
+    logits -= logits.max(-1, keepdims=True)
+    right = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    kl.append((np.exp(left.astype(np.float64)) * (left - right)).sum(-1))
+    same.append(left.argmax(-1) == right.argmax(-1))
+print(json.dumps({"kl": np.concatenate(kl).tolist(), "same": np.concatenate(same).tolist()}))
+"""
+LLAMA = """
 import json, sys
 import numpy as np
 from llama_cpp import Llama
@@ -54,34 +72,26 @@ for window, left in zip(windows, reference):
     llama.reset()
     llama.eval(window.tolist())
     logits = llama.scores[half : len(window) - 1].astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    right = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    kl.append((np.exp(left.astype(np.float64)) * (left - right)).sum(-1))
-    same.append(left.argmax(-1) == right.argmax(-1))
-print(json.dumps({"kl": np.concatenate(kl).tolist(), "same": np.concatenate(same).tolist()}))
+"""
+OPENVINO = """
+import json, sys
+import numpy as np
+import openvino
+model, windows, reference, half = sys.argv[1], np.load(sys.argv[2]), np.load(sys.argv[3], mmap_mode="r"), int(sys.argv[4])
+request = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 2}).create_infer_request()
+names = {name for port in request.model_inputs for name in port.names}
+kl, same = [], []
+for window, left in zip(windows, reference):
+    request.reset_state()
+    feeds = {"input_ids": window[None], "attention_mask": np.ones((1, len(window)), np.int64)}
+    feeds |= {"position_ids": np.arange(len(window))[None], "beam_idx": np.zeros(1, np.int32)}
+    logits = request.infer({name: value for name, value in feeds.items() if name in names})["logits"][0, half:-1].astype(np.float64)
 """
 
 
-@dataclass(frozen=True)
-class Ours:
-    """One point of ours: a default scheme, overrides by matrix pattern, a method."""
-
-    scheme: str
-    layers: Mapping[str, str]
-    method: str = "gptq"
-
-    def __str__(self) -> str:
-        rest = "".join(f", {pattern} {scheme}" for pattern, scheme in self.layers.items())
-        return f"trimtab {self.method} {self.scheme}{rest}"
-
-
-POINTS = (
-    Ours("int4-g64-asym-s16", {"lm_head": "int5-g64-s16"}),
-    Ours("int5-g64-s16", {}),
-    Ours("int6-g64-s16", {"lm_head": "int5-g64-s16"}),
-    Ours("int6-g32-s16", {}),
-    Ours("int7-g32-s16", {}),
-    Ours("int8-g32-s16", {}),
+UNIFORM = (
+    *("int4-g64-asym-s16", "int4-g32-asym-s16", "int5-g64-s16", "int5-g32-s16", "int6-g64-s16", "int6-g32-s16"),
+    *("int7-g64-s16", "int7-g32-s16", "int8-g64-s16", "int8-g32-s16"),
 )
 
 
@@ -110,57 +120,112 @@ def make_reference(checkpoint: Checkpoint, text: Path, count: int, work: Path) -
     return Reference(checkpoint, windows, work / "windows.npy", file)
 
 
-def result(system: str, size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> dict[str, Any]:
+def result(size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> dict[str, Any]:
     groups = np.repeat(np.arange(windows), len(kl) // windows)
     low, high = cluster_interval(kl, groups)
-    return {"system": system, "file_mb": size_mb, "kl_mean": float(kl.mean()), "low": low, "high": high, "top1_agreement": float(same.mean())}
+    return {"file_mb": size_mb, "kl_mean": float(kl.mean()), "low": low, "high": high, "top1_agreement": float(same.mean())}
 
 
-def measure_ours(point: Ours, reference: Reference, calibration: Path | None, work: Path) -> dict[str, Any]:
-    """Quantize, export, and score the exported graph."""
-    schemes = Schemes(parse_scheme(point.scheme), {pattern: parse_scheme(text) for pattern, text in point.layers.items()})
-    text = calibration_set(calibration)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        codes, out = Path(folder) / "codes", Path(folder) / "out"
-        codes.mkdir()
-        out.mkdir()
-        params = resolve_method(reference.checkpoint, schemes, {"*": point.method}, text)
-        if params is not None:
-            quantize_matrices(reference.checkpoint, params, text, codes, quiet)
-        options = export_stage.resolve_options(reference.checkpoint, schemes, None, None)
-        export_stage.export(reference.checkpoint, options, out, quiet, codes if params else None)
-        size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6
-        loop = decoder.open_all_logits(out)
-        stored, kl, same = np.load(reference.file, mmap_mode="r"), [], []
-        for window, left in zip(reference.windows, stored, strict=True):
-            right = log_softmax(np.asarray(loop.all_logits(window[None]))[0][HALF:-1])
-            kl.append((np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64))
-            same.append(left.argmax(-1) == right.argmax(-1))
-    return result(str(point), size, np.concatenate(kl), np.concatenate(same), len(stored))
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share. rows: what OUT.json holds, filled as systems are measured. smooth: whether ours fold loud inputs into weights first."""
 
+    reference: Reference
+    calibration: Path
+    method: str
+    smooth: bool
+    work: Path
+    out: Path
+    rows: list[dict[str, Any]]
 
-def full_gguf(llama: Path, model: Path, work: Path) -> Path:
-    """The reference as a float32 GGUF, by llama.cpp's own converter."""
-    full = work / "f32.gguf"
-    run([sys.executable, llama / "convert" / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", full], PYTHONPATH=str(llama / "convert"))
-    return full
+    def add(self, system: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a system unless its row is there, and write the rows."""
+        if any(row["system"] == system for row in self.rows):
+            return
+        self.rows.append(measure() | {"system": system})
+        print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
+        units = {"file_mb": "MB", "kl_mean": "nats", "top1_agreement": "share"}
+        flat = []
+        for row in self.rows:
+            for metric, unit in units.items():
+                low, high = (row["low"], row["high"]) if metric == "kl_mean" else (None, None)
+                flat.append({"system": row["system"], "metric": metric, "value": row[metric], "unit": unit, "low": low, "high": high})
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.with_suffix(".json").write_text(json.dumps(flat, indent=1) + "\n")
 
+    def checkpoint(self, schemes: Schemes) -> Checkpoint:
+        """What is rounded: the model, smoothed where that is asked for, as `quantize.smooth` does."""
+        checkpoint = self.reference.checkpoint
+        if not self.smooth:
+            return checkpoint
+        windows = token_windows(calibration_set(self.calibration), checkpoint, smooth_stage.WINDOWS)
+        return smoothed(checkpoint, smoothing(checkpoint, windows, schemes, self.method, quiet))
 
-def measure_peers(llama: Path, full: Path, reference: Reference, calibration: Path, work: Path) -> list[dict[str, Any]]:
-    """llama.cpp's types, each quantized here from the same weights and an importance matrix of the same text."""
-    tools, matrix = llama / "tools", work / "imatrix.gguf"
-    run([tools / "llama-imatrix", "-m", full, "-f", calibration, "-o", matrix, "-t", "2"])
-    rows = []
-    for kind in PEERS:
-        file = work / f"{kind}.gguf"
-        weighted = [] if kind in WITHOUT_IMATRIX else ["--imatrix", matrix]
-        run([tools / "llama-quantize", *weighted, full, file, kind, "2"])
-        answer = run([llama / "bin" / "python", "-c", CHILD, file, reference.windows_file, reference.file, str(HALF)])
+    def uniform(self, scheme: str) -> dict[str, Any]:
+        schemes = Schemes(parse_scheme(scheme))
+        return self.ours(self.checkpoint(schemes), schemes)
+
+    @cached_property
+    def under_auto(self) -> Checkpoint:
+        return self.checkpoint(Schemes(parse_scheme(smooth_stage.UNDER_AUTO)))
+
+    def auto(self, size_mb: float) -> dict[str, Any]:
+        """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer."""
+        checkpoint, rows = self.under_auto, calibration_set(self.calibration)
+        step = auto.sensitivity_step({"base": checkpoint.digest}, self.method, rows.digest, 0)
+        started = time.perf_counter()
+        found = auto.measured_sensitivity(checkpoint, step, rows, Store.default(), quiet, 0)
+        print(f"sensitivities: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        assets = sum(len(content) for content in checkpoint.assets.values()) / 1e6
+        chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": size_mb + assets}).choose()
+        print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
+        return self.ours(checkpoint, chosen.schemes)
+
+    def ours(self, checkpoint: Checkpoint, schemes: Schemes) -> dict[str, Any]:
+        """Quantize, export, and score the exported graph."""
+        text = calibration_set(self.calibration)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            codes, out = Path(folder) / "codes", Path(folder) / "out"
+            codes.mkdir()
+            out.mkdir()
+            started = time.perf_counter()
+            params = resolve_method(checkpoint, schemes, {"*": self.method}, text)
+            if params is not None:
+                quantize_matrices(checkpoint, params, text, codes, quiet)
+            print(f"quantized in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            options = export_stage.resolve_options(checkpoint, schemes, None, None)
+            export_stage.export(checkpoint, options, out, quiet, codes if params else None)
+            size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6
+            loop = decoder.open_all_logits(out)
+            stored, kl, same = np.load(self.reference.file, mmap_mode="r"), [], []
+            for window, left in zip(self.reference.windows, stored, strict=True):
+                right = log_softmax(np.asarray(loop.all_logits(window[None]))[0][HALF:-1])
+                kl.append((np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64))
+                same.append(left.argmax(-1) == right.argmax(-1))
+        return result(size, np.concatenate(kl), np.concatenate(same), len(stored))
+
+    def peer(self, python: Path, program: str, model: Path, size_mb: float) -> dict[str, Any]:
+        answer = run([python, "-c", program + COMPARE, model, self.reference.windows_file, self.reference.file, str(HALF)])
         found = json.loads(answer.splitlines()[-1])
-        name = f"llama.cpp {kind}" + (" imatrix" if weighted else "")
-        rows.append(result(name, file.stat().st_size / 1e6, np.array(found["kl"]), np.array(found["same"]), len(reference.windows)))
+        return result(size_mb, np.array(found["kl"]), np.array(found["same"]), len(self.reference.windows))
+
+    def llama(self, python: Path, full: Path, kind: str) -> dict[str, Any]:
+        """A type of llama.cpp, quantized here with an importance matrix of the calibration text."""
+        tools, matrix, file = environments() / "llama.cpp" / "tools", self.work / "imatrix.gguf", self.work / f"{kind}.gguf"
+        if not matrix.is_file():
+            run([tools / "llama-imatrix", "-m", full, "-f", self.calibration, "-o", matrix, "-t", "2", "--chunks", str(IMATRIX_CHUNKS)])
+        run([tools / "llama-quantize", *([] if kind in WITHOUT_IMATRIX else ["--imatrix", matrix]), full, file, kind, "2"])
+        found = self.peer(python, LLAMA, file, file.stat().st_size / 1e6)
         file.unlink()
-    return rows
+        return found
+
+    def openvino(self, python: Path, model: Path, form: str) -> dict[str, Any]:
+        """A form of optimum-intel's, which takes no calibration: int8, or int4 in groups of 64."""
+        out = self.work / f"openvino-{form}"
+        groups = ["--group-size", "64", "--ratio", "1.0"] if form == "int4" else []
+        words = ["export", "openvino", "--model", model, "--task", "text-generation-with-past", "--weight-format", form, *groups, out]
+        run([python, "-m", "optimum.commands.optimum_cli", *words], HF_HUB_OFFLINE="1")
+        return self.peer(python, OPENVINO, out / "openvino_model.xml", (out / "openvino_model.bin").stat().st_size / 1e6)
 
 
 def run(command: Sequence[Any], **environment: str) -> str:
@@ -176,14 +241,16 @@ def quiet(*_: Any) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
-    """For each size the best of ours and of the peers that fit, and their ratio (below 1: ours loses less)."""
-    lines = [f"{'at most':>8}  {'ours KL':>9} {'MB':>6}  {'peer KL':>9} {'MB':>6}  ratio"]
+    """For each size the best that fits: `auto`, our uniform schemes, the peers; and ours over the peers' (below 1: ours loses less)."""
+    kinds = {"auto": lambda name: name.startswith("trimtab auto"), "uniform": lambda name: name.startswith("trimtab ") and "auto" not in name}
+    kinds["peers"] = lambda name: not name.startswith("trimtab")
+    lines = [f"{'at most':>8}  " + "  ".join(f"{kind:>8} {'MB':>7}" for kind in kinds) + "  ours / peers"]
     for size in sizes:
         fit = [row for row in rows if row["file_mb"] <= size]
-        best = [min((row for row in fit if row["system"].startswith("trimtab") is own), key=lambda row: row["kl_mean"], default=None) for own in (True, False)]
-        shown = [f"{row['kl_mean']:9.4f} {row['file_mb']:6.1f}" if row else f"{'none':>9} {'':6}" for row in best]
-        ratio = f"{best[0]['kl_mean'] / best[1]['kl_mean']:.2f}" if best[0] and best[1] else ""
-        lines.append(f"{size:8g}  {shown[0]}  {shown[1]}  {ratio}")
+        best = [min((row for row in fit if is_one(row["system"])), key=lambda row: row["kl_mean"], default=None) for is_one in kinds.values()]
+        shown = [f"{row['kl_mean']:8.4f} {row['file_mb']:7.2f}" if row else f"{'none':>8} {'':7}" for row in best]
+        ours = min((row["kl_mean"] for row in best[:2] if row), default=None)
+        lines.append(f"{size:8g}  {'  '.join(shown)}  " + (f"{ours / best[2]['kl_mean']:.2f}" if ours is not None and best[2] else ""))
     lines.append("")
     for row in sorted(rows, key=lambda row: row["file_mb"]):
         spread = f"[{row['low']:.4f}, {row['high']:.4f}]"
@@ -199,8 +266,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for own, colour, label in ((True, "tab:blue", "trimtab"), (False, "tab:orange", "llama.cpp")):
-        points = sorted((row["file_mb"], row["kl_mean"], row["system"]) for row in rows if row["system"].startswith("trimtab") is own)
+    for colour, label in (("tab:blue", "trimtab auto"), ("tab:cyan", "trimtab"), ("tab:orange", "llama.cpp"), ("tab:green", "OpenVINO")):
+        auto_row = "trimtab auto"
+        mine = [row for row in rows if row["system"].startswith(label) and (label == auto_row or not row["system"].startswith(auto_row))]
+        points = sorted((row["file_mb"], row["kl_mean"], row["system"]) for row in mine)
         if points:
             axes.plot([point[0] for point in points], [point[1] for point in points], "o-", color=colour, label=label)
             for size, kl, name in points:
@@ -212,35 +281,66 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def stored_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run, as `result` gives them."""
+    rows: dict[str, dict[str, Any]] = {}
+    for one in json.loads(file.read_text()) if file.is_file() else []:
+        row = rows.setdefault(one["system"], {"system": one["system"]})
+        row[one["metric"]] = one["value"]
+        if one["low"] is not None:
+            row |= {"low": one["low"], "high": one["high"]}
+    return list(rows.values())
+
+
+def halves(text: Path, work: Path) -> tuple[Path, Path]:
+    """The two halves of a text, cut at a line."""
+    lines = text.read_text().splitlines(keepends=True)
+    scored, other = work / "scored.txt", work / "calibration.txt"
+    scored.write_text("".join(lines[: len(lines) // 2]))
+    other.write_text("".join(lines[len(lines) // 2 :]))
+    return scored, other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the fp32 reference as a Hugging Face folder")
     parser.add_argument("--text", type=Path, required=True, help="plain text that is scored")
-    parser.add_argument("--calibration", type=Path, required=True, help="other plain text, for our calibration and the peers' importance matrix")
-    parser.add_argument("--llama", type=Path, help="environment of llama.cpp, made by benchmarks/peers.py")
-    parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for a tokenizer that llama.cpp's converter does not read")
+    parser.add_argument("--calibration", type=Path, help="other plain text, for our calibration and llama.cpp's importance matrix")
+    parser.add_argument("--model", type=Path, help="the fp32 reference as a Hugging Face folder")
+    parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for llama.cpp")
+    parser.add_argument("--peers", nargs="*", choices=("llama.cpp", "openvino"), default=("llama.cpp", "openvino"))
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--points", type=int, nargs="*", default=list(range(len(POINTS))), help="which of our points, by number")
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True, help="fold loud inputs into weights first")
+    parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
+    parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
     arguments = parser.parse_args()
-    if arguments.text.read_bytes() == arguments.calibration.read_bytes():
-        parser.error("scored and calibration text are the same")
+    if arguments.model is None:
+        arguments.model = environments() / "models" / "smollm2-dithered"
+        arguments.gguf = arguments.model.with_name(f"{arguments.model.name}-f32.gguf")
+        subprocess.run([sys.executable, str(Path(__file__).with_name("reference.py")), "--out", str(arguments.model)], check=True)
+    if "llama.cpp" in arguments.peers and arguments.gguf is None:
+        parser.error("llama.cpp needs --gguf: the weights of --model as a float32 GGUF (its convert_hf_to_gguf.py writes one)")
+    pythons = {peer: python_of(peer) for peer in arguments.peers}
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         work = Path(folder)
-        reference = make_reference(open_checkpoint(str(arguments.model)), arguments.text, arguments.windows, work)
-        rows: list[dict[str, Any]] = []
-        if arguments.llama:
-            full = arguments.gguf or full_gguf(arguments.llama, arguments.model, work)
-            rows = measure_peers(arguments.llama, full, reference, arguments.calibration, work)
-        for number in arguments.points:
-            rows.append(measure_ours(POINTS[number], reference, arguments.calibration, work))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    flat = [{"system": row["system"], "metric": "file_mb", "value": row["file_mb"], "unit": "MB", "low": None, "high": None} for row in rows]
-    flat += [{"system": row["system"], "metric": "kl_mean", "value": row["kl_mean"], "unit": "nats", "low": row["low"], "high": row["high"]} for row in rows]
-    arguments.out.with_suffix(".json").write_text(json.dumps(flat, indent=1) + "\n")
-    plot(rows, arguments.out.with_suffix(".png"))
-    print(table(rows, SIZES_MB))
+        scored, calibration = (arguments.text, arguments.calibration) if arguments.calibration else halves(arguments.text, work)
+        if scored.read_bytes() == calibration.read_bytes():
+            parser.error("scored and calibration text are the same")
+        reference = make_reference(open_checkpoint(str(arguments.model)), scored, arguments.windows, work)
+        bench = Bench(reference, calibration, arguments.method, arguments.smooth, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        how = f"{bench.method}{', smooth' if bench.smooth else ''}"
+        for size in arguments.sizes:
+            bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))
+        for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
+            name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
+            bench.add(name, lambda kind=kind: bench.llama(pythons["llama.cpp"], arguments.gguf, kind))
+        for form in ("int8", "int4") if "openvino" in pythons else ():
+            bench.add(f"OpenVINO {form}", lambda form=form: bench.openvino(pythons["openvino"], arguments.model, form))
+        for scheme in arguments.uniform:
+            bench.add(f"trimtab {how} {scheme}", lambda scheme=scheme: bench.uniform(scheme))
+    plot(bench.rows, arguments.out.with_suffix(".png"))
+    print(table(bench.rows, SIZES_MB))
 
 
 if __name__ == "__main__":

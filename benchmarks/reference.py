@@ -1,6 +1,6 @@
 """The float32 reference that every benchmark compresses: SmolLM2-135M moved off its 4-bit lattice, as a checkpoint of its own.
 
-    python benchmarks/reference.py --out benchmarks/.envs/models/smollm2-dithered
+    python benchmarks/reference.py --out benchmarks/.envs/models/smollm2-dithered        also writes OUT-f32.gguf, the same weights for llama.cpp
 
 The package carries the model in Q4_1: a quantizer of the same grid would meet its own lattice and look exact. Uniform noise of one step of each block's
 scale (seed 1234, tensors in the file's order) takes that away; the model keeps its behaviour, and no quantizer an advantage. Needs the llama.cpp
@@ -10,6 +10,7 @@ environment (`python benchmarks/peers.py llama.cpp`): its tool expands the file 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -43,7 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=environments() / "models" / "smollm2-dithered")
     out = parser.parse_args().out
-    if (out / "config.json").is_file():
+    file = out.with_name(f"{out.name}-f32.gguf")
+    if (out / "config.json").is_file() and file.is_file():
         return
     python_of("llama.cpp")
     from importlib.util import find_spec
@@ -57,7 +59,9 @@ def main() -> None:
         quantize = environments() / "llama.cpp" / "tools" / "llama-quantize"
         subprocess.run([quantize, "--allow-requantize", package, expanded, "F32"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         dither(package, expanded)
-        write_checkpoint(open_checkpoint(str(expanded)), out, dtype="F32")
+        if not (out / "config.json").is_file():
+            write_checkpoint(open_checkpoint(str(expanded)), out, dtype="F32")
+        shutil.copyfile(expanded, file)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Scales before and after tuning: KL of the exported graph to the fp32 model.
 
-    python benchmarks/tune.py [--base DIR] [--text FILE] [--scheme int4-g64-asym-s16] [--head int5-g64-s16] [--method gptq] [--windows 6] [--out ...]
+    python benchmarks/tune.py [--base DIR] [--text FILE] [--scheme int4-g64-asym-s16] [--head int5-g64-s16] [--method gptq] [--windows 6]
 
 Quantizes and tunes on the built-in calibration text (`quantize: {tune: scales}` in a recipe), and scores both graphs on windows of 512 tokens of --text
 (by default the built-in evaluation text), second halves, in onnxruntime. --codes keeps what the quantizer made, for the next run.
@@ -12,13 +12,14 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compiler.bench.peers import environments
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.evaluation import decoder
-from compiler.evaluation.data import load_rows
+from compiler.evaluation.data import Row, load_rows
 from compiler.evaluation.run import ChatFormat
 from compiler.quantizers.windows import calibration_set
 from compiler.record import peak_rss_mb
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--head", default="int5-g64-s16")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--characters", type=int, help="tune on so many characters of the calibration text, for a shorter run")
     parser.add_argument("--codes", type=Path, help="folder for the quantizer's codes; used again where it holds any")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tune.json"))
     given = parser.parse_args()
@@ -77,8 +79,9 @@ def main() -> None:
         def said(item: str, done: int, total: int) -> None:
             print(f"{time.monotonic() - started:6.0f} s  {done}/{total} {item}", flush=True)
 
-        tuning = resolve_tuning(checkpoint, schemes, text, 0)
-        tuned = tune_scales(checkpoint, tuning, codes_for(checkpoint, schemes, codes), text, scaled, said)
+        shorter = replace(text, rows=(Row(text=(text.rows[0].text or "")[: given.characters]),))
+        tuning = resolve_tuning(checkpoint, schemes, shorter, 0)
+        tuned = tune_scales(checkpoint, tuning, codes_for(checkpoint, schemes, codes), shorter, scaled, said)
         print(f"held-out windows: KL {tuned.before:.4f} -> {tuned.after:.4f}; {time.monotonic() - started:.0f} s, peak {peak_rss_mb():.0f} MB", flush=True)
         scorer = Scorer(checkpoint, given.text, given.windows)
         for name, place in ((given.method, codes), (f"{given.method}, scales tuned", scaled)):

@@ -28,7 +28,7 @@ from compiler.errors import RecipeError
 from compiler.limits import PERCENTILE
 from compiler.plan import Step
 from compiler.quantizers.allocate import Allocation, allocate
-from compiler.quantizers.sensitivity import Report, Sensitivity, sensitivity
+from compiler.quantizers.sensitivity import Question, Report, Sensitivity, sensitivity
 from compiler.record import versions
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.store import Store
@@ -40,12 +40,15 @@ from targets.profile import Profile
 from targets.table import KernelTable
 
 FOUR_BITS = ("int3-g32-asym-s16", "int4-g128-asym-s16", "int4-g64-asym-s16", "int4-g32-asym-s16")  # run on the 4-bit kernel
-EIGHT_BITS = ("int5-g64-asym-s16", "int5-g32-asym-s16", "int6-g64-s16", "int6-g32-s16", "int8-g128-s16", "int8-g64-s16", "int8-g32-s16")
+EIGHT_BITS = (
+    *("int5-g64-s16", "int5-g32-s16", "int5-g32-asym-s16", "int6-g128-s16", "int6-g64-s16", "int6-g32-s16"),
+    *("int7-g64-s16", "int7-g32-s16", "int8-g128-s16", "int8-g64-s16", "int8-g32-s16", "int8-g16-s16"),
+)
 CHOICES = tuple(parse_scheme(text) for text in (*FOUR_BITS, *EIGHT_BITS))
 PROBED = parse_scheme("int4-g64-asym-s16")
 DEFAULT = parse_scheme("int4-g32-asym-s16")
-WINDOWS, LENGTH = 4, 256  # calibration: windows of tokens
-SENSITIVITY_VERSION = 1
+WINDOWS = 8  # of 512 tokens of the calibration text
+SENSITIVITY_VERSION = 2
 ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
 GRAPH_MB = 0.55  # model.onnx, configs and self-test beside weights and tokenizer
@@ -62,9 +65,9 @@ class HasDocument(Protocol):
 Built = TypeVar("Built", bound=HasDocument)
 
 
-def sensitivity_step(identity: Mapping[str, Any], calibration: str, seed: int) -> Step:
-    """Rule 1 as a step: its key is made of the merged weights, the calibration text and what is done with it."""
-    params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "windows": WINDOWS, "tokens": LENGTH, "calibration": calibration}
+def sensitivity_step(identity: Mapping[str, Any], method: str, calibration: str, seed: int) -> Step:
+    """Rule 1 as a step: its key is made of the merged weights, the method, the calibration text and what is done with it."""
+    params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "method": method, "windows": WINDOWS, "calibration": calibration}
     tools = versions(["numpy", "torch", "transformers"])
     return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": tools})
 
@@ -81,7 +84,8 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
     if found is None:
         from compiler.quantizers.windows import token_windows
 
-        found = sensitivity(merged, token_windows(rows, merged, WINDOWS, LENGTH), CHOICES, PROBED, report, seed)
+        question = Question(CHOICES, PROBED, step.params["method"])
+        found = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report, seed)
         with store.make(step.key) as work:
             (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
     return found

@@ -27,12 +27,13 @@ from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
 from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
-from compiler.scheme import Schemes
+from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Sources, mixture_of
 from compiler.stages import codes, package
 from compiler.stages import export as export_stage
-from compiler.stages.keep import codes_for
+from compiler.stages.keep import AS_IS, codes_for
 from compiler.stages.quantize import predicted_bytes
+from compiler.stages.smooth import UNDER_AUTO, smooth_step, smoothed_sources
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from runtimes.bundle import REPORTS
@@ -51,13 +52,14 @@ def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, sc
     options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
     attached.check(sources, options)
     evaluate = {**suite.parts, "seed": recipe.seed}
-    steps = codes.code_steps(recipe, sources.merged, schemes, options["road"])
-    return make_plan(recipe.name, target.profile, sources.identity, options, evaluate, steps)
+    steps = codes.code_steps(recipe, sources.weights, schemes, options["road"])
+    plan = make_plan(recipe.name, target.profile, sources.identity, options, evaluate, steps)
+    return replace(plan, steps=(plan.steps[0], sources.smooth, *plan.steps[1:])) if sources.smooth else plan
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+    sources, suite = _planned(recipe), recipe_suite(recipe)
     return [_foreseen(recipe, sources, suite, target, store) for target in recipe.targets]
 
 
@@ -70,7 +72,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
             unknown = {"unknown": "auto chooses once the sensitivities are measured, which compiling does"}
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
-        chosen = auto.Chooser(sources.merged, measured, profile, target.limits, recipe.quantize.fixed).choose()
+        chosen = auto.Chooser(sources.weights, measured, profile, target.limits, recipe.quantize.fixed).choose()
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
@@ -80,11 +82,25 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
     return row | ({"chosen": chosen.as_dict()} if chosen else {})
 
 
+def _planned(recipe: Recipe) -> Sources:
+    """Base and deltas, and the smoothing that the recipe asks for, not done yet. Raises RecipeError where it cannot be."""
+    sources = mixture_of(recipe).open()
+    if not recipe.quantize.smooth:
+        return sources
+    if sources.attached or export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
+        found = "deltas that stay unmerged" if sources.attached else "an encoder"
+        raise RecipeError("quantize.smooth", expected="a decoder with its deltas merged", found=found, remedy="remove it")
+    if recipe.quantize.scheme == AS_IS:
+        raise RecipeError("quantize.smooth", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="remove one of them")
+    schemes = Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes
+    return replace(sources, smooth=smooth_step(sources.identity, schemes, recipe.quantize.method, codes.calibration_text(recipe).digest))
+
+
 def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
-    return auto.sensitivity_step(sources.identity, codes.calibration_text(recipe).digest, recipe.seed)
+    return auto.sensitivity_step(sources.identity, recipe.quantize.method, codes.calibration_text(recipe).digest, recipe.seed)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -95,7 +111,10 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources, suite = mixture_of(recipe).open(), recipe_suite(recipe)
+        sources, suite = _planned(recipe), recipe_suite(recipe)
+    if sources.smooth:
+        with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
+            sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
     run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
@@ -117,10 +136,9 @@ class Run:
         step = _sensitivity_step(self.recipe, self.sources)
         cached = self.store.get(step.key) is not None
         with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
-            found = auto.measured_sensitivity(
-                self.sources.merged, step, codes.calibration_text(self.recipe), self.store, self.progress.update, self.recipe.seed
-            )
-        chooser = auto.Chooser(self.sources.merged, found, profile, item.limits, self.recipe.quantize.fixed)
+            text = codes.calibration_text(self.recipe)
+            found = auto.measured_sensitivity(self.sources.weights, step, text, self.store, self.progress.update, self.recipe.seed)
+        chooser = auto.Chooser(self.sources.weights, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:
             expected = ", ".join(f"{name} {value:.4g}" for name, value in chosen.expected.items())
@@ -141,7 +159,8 @@ class Run:
         exported, export_record = self._export(plan, self.sources, made)
         evaluation, evaluate_record = self._evaluate(plan, exported, made)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
-        records = [merged, *quantized, export_record, evaluate_record]
+        smooth = [Record("smooth", step.key, [self.sources.merged.digest], ["scales"], dict(step.params)) for step in plan.steps if step.stage == "smooth"]
+        records = [merged, *smooth, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
@@ -195,8 +214,8 @@ class Run:
             with self.progress.stage(step.stage, codes.described(step) + (" (cached)" if cached else "")):
                 if cached is None:
                     with self.store.make(step.key) as work:
-                        codes.make(step, self.recipe, sources.merged, made, work, self.progress)
-            made, read = self.store.place(step.key), [sources.merged.digest]
+                        codes.make(step, self.recipe, sources.weights, made, work, self.progress)
+            made, read = self.store.place(step.key), [sources.weights.digest]
             records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(made), **watch.account))
         return made, records
 
@@ -206,7 +225,7 @@ class Run:
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
             if cached is None:
                 with self.store.make(step.key) as work:
-                    export_stage.export(sources.merged, step.params, work, self.progress.update, made, attached.tenants(sources))
+                    export_stage.export(sources.weights, step.params, work, self.progress.update, made, attached.tenants(sources))
         place = cached or self.store.place(step.key)
         wrote = sorted(path.name for path in place.iterdir())
         known = [sources.merged.digest]
@@ -222,7 +241,8 @@ class Run:
             if cached is None:
                 params = plan.step("export").params
                 decodes = params["road"] == export_stage.DECODER
-                files = Exported(exported, codes_for(self.sources.merged, export_stage.schemes_in(params), made) if decodes else None)
+                codes_of = codes_for(self.sources.weights, export_stage.schemes_in(params), made) if decodes else None
+                files = Exported(exported, codes_of, self.sources.scales)
                 base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
                 if self.sources.attached:
                     result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)

@@ -122,12 +122,14 @@ class Quantize(Part):
     """Scheme of the weights. `layers` overrides it by fused-matrix pattern, the last match wins: {"lm_head": int8-g32}.
 
     calibration: builtin, recipe (rows of evaluate.data that are not scored), or a file of text or JSONL (chats or texts); only methods that look at
-    activations read it. tune: scales: train the scales against the float model on the same text, codes as they are (compiler.quantizers.tune).
+    activations, smooth, tune and auto read it. smooth: fold loud inputs of a decoder's matrices into their weights first (compiler.quantizers.smooth).
+    tune: scales: train the scales against the float model on the same text, codes as they are (compiler.quantizers.tune).
     """
 
     scheme: str = "int4-g64"
     method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
     calibration: str = "builtin"
+    smooth: bool = False
     tune: Literal["scales"] | None = None
     layers: Mapping[str, str] = Field(default_factory=dict)
 

@@ -18,6 +18,9 @@ from compiler.stages.merge import MergePlan, plan_merge
 from compiler.text import default_name
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from compiler.plan import Step
     from compiler.recipe import Recipe
 
 LINEAR = Combine()
@@ -78,11 +81,22 @@ class Sources:
     """Base and deltas, bound: the merged checkpoint is a view, nothing is read yet.
 
     attached  name -> base and one delta that stays unmerged; `merged` of the whole is then the base alone
+    smooth    the step that changes the weights before they are rounded, if any
+    scales    what that step gave, by fused matrix
     """
 
     merge: MergePlan
     merged: Checkpoint
     attached: Mapping[str, Sources] = field(default_factory=dict)
+    smooth: Step | None = None
+    scales: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> Checkpoint:
+        """What is rounded and exported: the merged checkpoint, or the same function with smoothed weights."""
+        from compiler.quantizers.smooth import smoothed
+
+        return smoothed(self.merged, self.scales) if self.scales else self.merged
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -91,7 +105,16 @@ class Sources:
         deltas = [{key: row[key] for key in IDENTITY} for row in record["deltas"]]
         tokenizer = {"tokenizer": record["tokenizer"]} if record["tokenizer"] else {}
         alone = {"attached": {name: one.identity["deltas"] for name, one in self.attached.items()}} if self.attached else {}
-        return {"base": self.merge.base.digest, "deltas": deltas, "combine": str(self.merge.combine), "select": record["select"], **tokenizer, **alone}
+        smooth = {"smooth": self.smooth.key} if self.smooth else {}
+        return {
+            "base": self.merge.base.digest,
+            "deltas": deltas,
+            "combine": str(self.merge.combine),
+            "select": record["select"],
+            **tokenizer,
+            **alone,
+            **smooth,
+        }
 
     @cached_property
     def lineage(self) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation import decoder, faithful
 from compiler.evaluation.data import Row
 from compiler.quantizers import affine
 from compiler.quantizers.pack import Packed, unpack
+from compiler.quantizers.smooth import changes_of
 from compiler.scheme import parse_scheme
 from runtimes.bundle import Bundle
 
@@ -36,10 +39,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of exported files, with export.json. codes: what a calibrated quantizer made of a matrix, by name; None where there was none."""
+    """A folder of exported files, with export.json.
+
+    codes   what a calibrated quantizer made of a matrix, by name; None where there was none
+    scales  of the smoothing that came before (`quantizers.smooth`), by fused matrix
+    """
 
     directory: Path
     codes: Callable[[str], Packed | None] | None = None
+    scales: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -53,6 +61,10 @@ class Exported:
 
     def weights_of(self, reference: Any, config: Mapping[str, Any]) -> Any:
         """The torch model with the weights that these files store, in place."""
+        if self.scales:
+            parameters = dict(reference.named_parameters())
+            for name, change in changes_of(parameters, config, self.scales).items():
+                parameters[name].data.numpy()[...] = change.of(parameters[name].data.numpy())
         return faithful.see_through(reference, self.summary["layers"], self.model, config, self.made if self.codes else None, self.wide)
 
     @property

@@ -13,6 +13,7 @@ q, k and v share one H, and so do gate and up: four for a block, and one for the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class Block:
 
     linears  fused matrix of the graph -> the torch linears stacked in it, in the order of the graph's rows
     hidden   float32 [batch, length, width] of each batch of windows
+    outputs  what the next block is to see, where a visitor knows it; else the block is run as the visitor leaves it
     """
 
     name: str
@@ -44,6 +46,7 @@ class Block:
     linears: Mapping[str, Sequence[Any]]
     hidden: list[torch.Tensor]
     kwargs: Mapping[str, Any]
+    outputs: list[torch.Tensor] | None = None
 
     def weight(self, matrix: str) -> np.ndarray:
         """float32 [rows, k] of a fused matrix."""
@@ -59,37 +62,69 @@ class Block:
             linear.weight = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight[start:stop])), requires_grad=False)
             start = stop
 
-    def run(self) -> list[torch.Tensor]:
-        """The block's outputs, batch by batch."""
+    def run(self, hidden: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """The block's outputs, batch by batch: of what entered it, or of other states of the same shapes."""
         import torch
 
         with torch.inference_mode():
-            return [self.module(batch, **self.kwargs) for batch in self.hidden]
+            return [self.module(batch, **self.kwargs) for batch in (self.hidden if hidden is None else hidden)]
+
+    def visit(self, visitor: Callable[[str, int, torch.Tensor], None]) -> list[torch.Tensor]:
+        """`run`, with visitor(fused matrix, number of the batch, inputs float32 [tokens, k]) for every matrix and batch."""
+        import torch
+
+        def hook(matrix: str, number: int) -> Callable[..., None]:
+            return lambda _module, inputs: visitor(matrix, number, inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+        outputs = []
+        for number, batch in enumerate(self.hidden):
+            handles = [linears[0].register_forward_pre_hook(hook(matrix, number)) for matrix, linears in self.linears.items()]
+            try:
+                with torch.inference_mode():
+                    outputs.append(self.module(batch, **self.kwargs))
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return outputs
 
     def moments(self) -> dict[str, np.ndarray]:
         """Fused matrix -> H float32 [k, k], by running the block once as it stands."""
+        found: dict[str, Moment] = {}
+        self.visit(lambda matrix, _number, rows: found.setdefault(matrix, Moment()).add(rows))
+        return {matrix: moment.mean() for matrix, moment in found.items()}
+
+    def back(self, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients with respect to what entered, batch by batch, from those with respect to what came out."""
         import torch
 
-        sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, int] = {}
+        found = []
+        for batch, gradient in zip(hidden, gradients, strict=True):
+            entered = batch.clone().requires_grad_(True)
+            torch.autograd.backward(self.module(entered, **self.kwargs), gradient)
+            assert entered.grad is not None
+            found.append(entered.grad)
+        return found
 
-        def hook(matrix: str) -> Callable[..., None]:
-            def add(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-                rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-                if matrix not in sums:
-                    sums[matrix], counts[matrix] = torch.zeros(rows.shape[1], rows.shape[1]), 0
-                sums[matrix].addmm_(rows.T, rows)
-                counts[matrix] += len(rows)
 
-            return add
+class Moment:
+    """H of rows that come in pieces: X^T X / n."""
 
-        handles = [linears[0].register_forward_pre_hook(hook(matrix)) for matrix, linears in self.linears.items()]
-        try:
-            self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {matrix: (total / counts[matrix]).numpy() for matrix, total in sums.items()}
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """rows: float32 [tokens, k]"""
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.total.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    def mean(self) -> np.ndarray:
+        """float32 [k, k]. Raises ValueError when no row came."""
+        if self.total is None:
+            raise ValueError("no rows")
+        return (self.total / self.count).numpy()
 
 
 class BlockStream:
@@ -113,68 +148,101 @@ class BlockStream:
         self.base: Any = base
         self.views = match_tensors(self.model, checkpoint)
         self.hidden: list[torch.Tensor] = []
+        self.kwargs: list[dict[str, Any]] = []
 
     @property
     def block_count(self) -> int:
         return len(self.base.layers)
 
     def blocks(self) -> Iterator[Block]:
-        kwargs = self._enter()
-        for index, module in enumerate(self.base.layers):
-            name = f"model.layers.{index}"
-            self._fill(name, module)
-            block = Block(name, module, self._linears(name, module), self.hidden, kwargs[index])
+        self.hidden, self.kwargs = self.enter(self.table)
+        for index in range(self.block_count):
+            block = self.filled(index)
             yield block
-            self.hidden = block.run()
-            module.to("meta")
+            self.hidden = block.outputs or block.run()
+            self.empty(index)
 
-    def head_inputs(self) -> list[torch.Tensor]:
-        """float32 [batch, length, width] of each batch: the final norm of what the last block gave."""
+    def filled(self, index: int) -> Block:
+        """A block with its weights, and the states that stand before it; only in or after `blocks`. `empty` frees it."""
+        name, module = f"model.layers.{index}", self.base.layers[index]
+        self._fill(name, module)
+        return Block(name, module, self._linears(name, module), self.hidden, self.kwargs[index])
+
+    def empty(self, index: int) -> None:
+        """Free a block, and give what it took back to the system: glibc would keep it, some 15 MB a block for 135 M parameters."""
+        self.base.layers[index].to("meta")
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
+            trim(0)
+
+    def head_inputs(self, hidden: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """float32 [batch, length, width] of each batch: the final norm of what the last block gave, or of other states."""
         import torch
 
         self._fill("model.norm", self.base.norm)
         with torch.inference_mode():
-            return [self.base.norm(batch) for batch in self.hidden]
+            return [self.base.norm(batch) for batch in (self.hidden if hidden is None else hidden)]
+
+    def head_weight(self) -> np.ndarray:
+        """float32 [vocab, width]; a tied head is the embedding."""
+        return (self.views.get("lm_head.weight") or self.views["model.embed_tokens.weight"]).read()
+
+    def logits_of(self, rows: torch.Tensor, weight: np.ndarray) -> torch.Tensor:
+        """Logits [tokens, vocab] of the head's inputs [tokens, width] under head weights [vocab, width], with whatever the family does to logits."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        self.model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        self.base.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=rows[None])
+        try:
+            logits: torch.Tensor = self.model(input_ids=torch.zeros(1, len(rows), dtype=torch.long), use_cache=False).logits[0]
+        finally:
+            del self.base.forward
+        return logits
+
+    def back_through_norm(self, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients with respect to what the last block gave, from those with respect to the head's inputs."""
+        return Block("model.norm", self.base.norm, {}, list(hidden), {}).back(hidden, gradients)
 
     def head_moment(self) -> np.ndarray:
         """H of lm_head, float32 [width, width]."""
         batches = [batch.reshape(-1, batch.shape[-1]) for batch in self.head_inputs()]
         return (sum(rows.T @ rows for rows in batches) / sum(map(len, batches))).numpy()
 
-    def _enter(self) -> list[dict[str, Any]]:
-        """Embed the windows and learn what the model hands to each block (masks, rotations), without running any block."""
+    def enter(self, table: Callable[[np.ndarray], np.ndarray] | None) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        """Embed the windows and learn what the model hands to each block (masks, rotations), without running any block: states by batch, arguments by block."""
         import torch
 
         count, length = self.windows.shape
         size = max(divisor for divisor in range(1, count + 1) if count % divisor == 0 and (divisor == 1 or divisor * length <= BATCH_TOKENS))
         used, places = np.unique(self.windows, return_inverse=True)
-        embedding, table = self.base.embed_tokens, self.views["model.embed_tokens.weight"]
+        embedding, view = self.base.embed_tokens, self.views["model.embed_tokens.weight"]
         embedding.padding_idx = None
-        rows = picked_rows(table, used)
-        embedding.weight = torch.nn.Parameter(torch.from_numpy(rows if self.table is None else self.table(rows)), requires_grad=False)
+        rows = picked_rows(view, used)
+        embedding.weight = torch.nn.Parameter(torch.from_numpy(rows if table is None else table(rows)), requires_grad=False)
         kwargs: list[dict[str, Any]] = []
+
+        entered: list[torch.Tensor] = []
 
         def skip(hidden: torch.Tensor, *_: Any, **given: Any) -> torch.Tensor:
             kwargs.append({key: value for key, value in given.items() if key not in ("past_key_values", "use_cache")})
-            self._entered = hidden
+            if len(kwargs) == 1:
+                entered.append(hidden)
             return hidden
 
-        self.hidden = []
         for start in range(0, count, size):
             kwargs.clear()
             for layer in self.base.layers:
                 layer.forward = skip
             try:
-                with torch.inference_mode():
+                with torch.no_grad():  # what it gives may be run with gradients later
                     norm, self.base.norm = self.base.norm, torch.nn.Identity()
                     self.base(input_ids=torch.from_numpy(places.reshape(count, length)[start : start + size]), use_cache=False)
             finally:
                 self.base.norm = norm
                 for layer in self.base.layers:
                     del layer.forward
-            self.hidden.append(self._entered)
         embedding.to("meta")
-        return kwargs
+        return entered, kwargs
 
     def _fill(self, name: str, module: Any) -> None:
         import torch

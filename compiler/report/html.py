@@ -53,6 +53,7 @@ def sections(report: Report) -> dict[str, Any]:
         "headline": words.headline(report),
         "mark": words.MARKS,
         "subtitle": subtitle(report),
+        "emulation": words.emulation(report).removeprefix("Emulation: "),
         "tiles": tiles(report),
         "limits": [limit_row(check) for check in report.verdict.told if check.outcome != INFO] if report.verdict else [],
         "infos": [limit_row(check) for check in report.verdict.checks if check not in report.verdict.told or check.outcome == INFO] if report.verdict else [],

@@ -88,6 +88,7 @@ def evidence(check: CheckRow) -> str:
 def facts(report: Report) -> dict[str, str]:
     """What a test archive should keep beside the cases."""
     values = {"outcome": report.verdict.outcome if report.verdict else "", "target": report.target_id, "fingerprint": report.target.fingerprint or ""}
+    values |= {"emulation": report.target.emulation}
     values |= {"base.digest": report.lineage.base.digest if report.lineage.base else ""}
     values |= {f"delta.{place}.digest": delta.digest for place, delta in enumerate(report.lineage.deltas)}
     values |= {f"tool.{name}": str(version) for name, version in report.lineage.tools.items()}

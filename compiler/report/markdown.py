@@ -66,7 +66,7 @@ def render_markdown(document: Mapping[str, Any] | Report) -> str:
     """A comment for a pull request: verdict first, limits as a table, the rest folded."""
     report = read_document(document)
     top = words.headline(report)
-    parts = [f"## {SIGNS.get(top.outcome, '❔')} {escaped(top.title)}", escaped(top.sentence), escaped(subtitle(report))]
+    parts = [f"## {SIGNS.get(top.outcome, '❔')} {escaped(top.title)}", escaped(top.sentence), escaped(words.emulation(report)), escaped(subtitle(report))]
     if report.verdict and report.verdict.told:
         parts += [limits_table(report.verdict.told), words.behaviours(report)]
     if report.task:

@@ -42,7 +42,7 @@ def print_report(document: Mapping[str, Any] | Report, console: Console | None =
     report, console = read_document(document), console or Console()
     top, rows = words.headline(report), [check_cells(check) for check in (report.verdict.told if report.verdict else ())]
     if not console.is_terminal:
-        for line in (top.title, top.sentence, *aligned(rows), words.behaviours(report), build_line(report)):
+        for line in (top.title, top.sentence, words.emulation(report), *aligned(rows), words.behaviours(report), build_line(report)):
             if line:
                 console.print(Text(words.one_line(line) if line in (top.title, top.sentence) else line), soft_wrap=True)
         return
@@ -50,7 +50,7 @@ def print_report(document: Mapping[str, Any] | Report, console: Console | None =
     console.print(Text(words.one_line(top.sentence)))
     if rows:
         console.print(coloured(rows, len(HEADS) if console.width >= WIDE else ESSENTIAL))
-    for line in (words.behaviours(report), build_line(report)):
+    for line in (words.emulation(report), words.behaviours(report), build_line(report)):
         if line:
             console.print(Text(line, style="dim"))
 

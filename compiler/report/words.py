@@ -269,6 +269,12 @@ def behaviours(report: Report) -> str:
     return f"{len(held)} of {len(rows)} behaviours hold" + (f"; not tried here: {', '.join(skipped)}" if skipped else "") if rows else ""
 
 
+def emulation(report: Report) -> str:
+    """One sentence where another machine stood in for the target; "" where none did."""
+    told = report.target.emulation
+    return f"Emulation: another machine stood in for the target ({told}). Its figures decide no limit." if told else ""
+
+
 def machine_name(report: Report) -> str:
     """The target in a sentence: a profile's name; the profile `here` means little to who reads this elsewhere."""
     return {"here": "the machine it was compiled on", "": "the target"}.get(report.target_id, report.target_id)

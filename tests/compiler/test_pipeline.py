@@ -137,11 +137,33 @@ def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
     assert code == 2 and "expected a target of the recipe (here), found moon" in stderr
 
 
+def test_smoothing_is_a_step_of_its_own_and_the_reference_stays_the_merged_model(trimtab, recipe, tmp_path, monkeypatch):
+    from compiler.stages import smooth
+
+    monkeypatch.setattr(smooth, "WINDOWS", 2)
+    quantize = {"scheme": "int8-g32", "smooth": True}
+    path, out = recipe({"size_mb": 5, "kl_mean": 0.05}, quantize=quantize), tmp_path / "out"
+    code, stdout, _ = trimtab("plan", path)
+    assert code == 0 and "smooth" in stdout
+    code, _, stderr = trimtab("compile", path, "--out", out)
+    assert code == 0, stderr  # the graph was held to the torch model with the smoothed, rounded weights
+    assert [record["stage"] for record in json.loads((out / "tiny-here" / "manifest.json").read_text())["records"]] == ["merge", "smooth", "export", "evaluate"]
+    report = json.loads((out / "tiny-here" / "report.json").read_text())
+    assert 0 < next(row["value"] for row in report["stages"] if row["stage"] == "quantize" and row["metric"] == "kl_mean") < 0.05
+
+
+def test_smoothing_is_for_merged_decoders(trimtab, recipe, tiny_lora, tmp_path):
+    path = recipe({}, deltas={"mode": "attached", "items": [{"path": str(tiny_lora)}]}, quantize={"scheme": "int8-g32", "smooth": True})
+    code, _, stderr = trimtab("compile", path, "--out", tmp_path / "out")
+    assert code == 2 and "quantize.smooth: expected a decoder with its deltas merged" in stderr
+
+
 def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path, monkeypatch):
     from compiler import auto
+    from compiler.quantizers import windows
 
+    monkeypatch.setattr(windows.token_windows, "__defaults__", (4, 96))
     monkeypatch.setattr(auto, "WINDOWS", 2)
-    monkeypatch.setattr(auto, "LENGTH", 96)
     path, out = recipe({"size_mb": 0.8}, scheme="auto"), tmp_path / "out"
     code, stdout, _ = trimtab("plan", path)
     assert code == 0 and "size not known yet" in stdout and "sensitivity" in stdout

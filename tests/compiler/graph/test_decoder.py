@@ -27,7 +27,10 @@ from compiler.quantizers.rows import dequantize_rows, quantize_rows
 from compiler.scheme import Scheme, Schemes, parse_scheme
 
 Make = Callable[..., Checkpoint]
-SCHEMES = ["int4-g32", "int4-g32-asym", "int4-g64", "int8-g64", "int8-g32-asym", "int4-g128", "int3-g32-asym", "int5-g32-asym-s16", "int6-g64-s16", "int7-g32"]
+SCHEMES = [
+    *("int4-g32", "int4-g32-asym", "int4-g64", "int8-g64", "int8-g32-asym", "int4-g128"),
+    *("int3-g32-asym", "int5-g32-asym-s16", "int6-g64-s16", "int6-g16", "int7-g32"),
+]
 IDS = np.array([[3, 44, 7, 7, 21, 0, 49]], np.int64)
 
 

@@ -80,7 +80,7 @@ def test_noise_side_effects_position_and_savings(full: dict[str, Any]) -> None:
     for fact in (
         "0.86 → 0.8", "0.84 → 0.7", "+0.08 (0.01 to 0.15)", "more than the full model", "as much as the full model, as far as this shows",
         "-0.12 (-0.2 to -0.04)", "the deltas", "1.1 times (1.06 to 1.15)", "No build of these models on these data is smaller and loses less.",
-        "Answer under load", "emulation Another machine stood in for the target: 1 core by affinity", "6.2 ×", "0.8 kWh", "watts 15", "Processor time", "86 MB",
+        "Answer under load", "emulation another machine stood in for the target (1 core by affinity", "6.2 ×", "0.8 kWh", "watts 15", "Processor time", "86 MB",
     ):  # fmt: skip
         assert fact in page, fact
     assert "&lt;now&gt;" in text and "<now>" not in text

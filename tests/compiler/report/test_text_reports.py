@@ -67,6 +67,13 @@ def test_markdown_holds_the_verdict_and_folds_the_rest(failed: dict[str, Any]) -
     assert widths == {9}
 
 
+def test_every_form_says_that_a_machine_was_emulated(full: dict[str, Any], document: dict[str, Any]) -> None:
+    words = "another machine stood in for the target (1 core by affinity"
+    for made in (render_markdown, lambda report: printed(report, terminal=False), lambda report: printed(report, terminal=True)):
+        assert words.split(" (")[0] in " ".join(made(full).split()) and "stood in" not in made(document)
+    assert 'name="emulation" value="1 core' in render_junit(full) and "emulation" not in render_junit(document)
+
+
 def test_markdown_holds_noise_side_effects_and_savings(full: dict[str, Any]) -> None:
     text = render_markdown(full)
     for line in ("| `typos` | Exact match | 0.86 → 0.8 | 0.84 → 0.7 | +0.08 (0.01 to 0.15) |", "| 538 MB | 86.4 MB | 6.2 × |", "| the deltas |"):
