@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -51,8 +50,9 @@ def test_a_healthy_model_is_not_refused(model: str, scheme: str, healthy: Callab
 
 
 @pytest.mark.parametrize("fault", CHOSEN)
-def test_a_fault_in_a_real_model_is_refused(fault: str, healthy: Callable[[str, str], Healthy], tmp_path: Path) -> None:
+def test_a_fault_in_a_real_model_is_refused(fault: str, healthy: Callable[[str, str], Healthy]) -> None:
     model, scheme, _ = FAULTS[fault]
     export = healthy(model, scheme)
-    found = faithful.check(export.model, broken(export, fault, tmp_path / "broken"), export.facts)
+    with broken(export, fault) as folder:
+        found = faithful.check(export.model, folder, export.facts)
     assert not found["value"] <= found["tolerance"]
