@@ -7,8 +7,10 @@ Builds that are not smaller and not better than another one are dominated; those
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from compiler.report.verdict import Check
@@ -54,13 +56,13 @@ def remember(store: Store, family: str, point: Point) -> list[Point]:
     points = [*known, point]
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        work = place.with_suffix(".new")
+        work = place.with_name(f".{place.name}.{os.getpid()}")  # builds of one model may end at the same time
         work.write_text(json.dumps([asdict(one) for one in points]))
         work.rename(place)
     return points
 
 
-def _read(place: Any) -> list[Point]:
+def _read(place: Path) -> list[Point]:
     try:
         return [Point(**row) for row in json.loads(place.read_text())]
     except (OSError, ValueError, TypeError):
