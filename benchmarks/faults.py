@@ -140,6 +140,12 @@ def pooled_with_padding(graph: Graph) -> None:
     graph.rewire(pooling, 0, insert(pooling, "Add", [pooling.inputs[0], one]).outputs[0])
 
 
+def windowed(node: ir.Node) -> None:
+    """Attention that sees 16 tokens only."""
+    assert "local_window_size" not in node.attributes
+    node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 16)
+
+
 @dataclass(frozen=True)
 class Spot:
     """Where the seed puts a fault: a layer behind the first, and another one."""
@@ -196,7 +202,7 @@ DECODER: dict[str, Fault] = {
     "rope left out of a layer": attribute("attn/gqa", "do_rotary", 0),
     "cosine for sine": lambda g, at: g.rewire(g.node(at.node("attn/gqa")), 8, g.node("/rope.0/cos").outputs[0]),
     "attention scale": attribute("attn/gqa", "scale", 0.11),
-    "window where there is none": attribute("attn/gqa", "local_window_size", 16),
+    "window where there is none": lambda g, at: windowed(g.node(at.node("attn/gqa"))),
     "heads of the output reversed": whole("attn.o_proj", lambda a: a[:, ::-1]),
     "queries of two heads swapped": whole("attn.qkv_proj", blocks_swapped(0, 64)),
     "key heads mapped wrongly": whole("attn.qkv_proj", blocks_swapped(576, 64)),
