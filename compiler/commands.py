@@ -32,10 +32,12 @@ def run_bundle(directory: Path, prompt: str, as_json: bool, options: Mapping[str
     chat = not options["raw"] and generator.has_chat_template
     wanted: Any = [{"role": "user", "content": prompt}] if chat else prompt
     sampling = Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"], seed=options["seed"])
-    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling, adapter=options["adapter"])
+    settings = Options(max_new_tokens=options["max_new_tokens"], sampling=sampling, adapter=options["adapter"], lookup=options["lookup"])
     if as_json:
         (answer,) = generator.generate([wanted], settings)
         row = {"text": answer.text, "token_ids": list(answer.token_ids), "finish": answer.finish, "prompt_tokens": answer.prompt_tokens}
+        if options["lookup"]:
+            row["lookup"] = {"drafted": generator.pace.drafted, "accepted": generator.pace.accepted, "pauses": len(generator.pace.pauses)}
         click.echo(json.dumps({**row, "ttft_ms": answer.ttft_ms, "tpot_ms": answer.tpot_ms}, ensure_ascii=False))
         return
     for piece in generator.stream(wanted, settings):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle
+from runtimes.decode import KEPT_POSITIONS
 from targets.errors import BundleError, TrimtabError
 
 Values = Mapping[str, Any]  # graph input -> onnxruntime.OrtValue, every optional input of the graph
@@ -27,7 +28,7 @@ class Adapters:
     def __init__(self, bundle: Bundle, session: Any) -> None:
         self._bundle = bundle
         self._rows = _rows(bundle)
-        self._shapes: dict[str, list[int | str]] = {node.name: node.shape for node in session.get_overridable_initializers()}
+        self._shapes: dict[str, list[int | str]] = {node.name: node.shape for node in session.get_overridable_initializers() if node.name != KEPT_POSITIONS}
         self._kept: dict[str, Values] = {}
 
     @property

@@ -7,6 +7,8 @@ Why it looks like this:
 * The cache is [batch, kv_heads, capacity, head]; capacity grows by doubling, because a growth copies everything and because reserving the whole context
   would count in the memory of a device that never fills it.
 * Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
+* A draft of tokens (`runtimes.lookup`) is checked in one run: the graph's `kept_positions`, 1 unless fed, says how many of the last tokens have logits; tokens
+  that turn out wrong are forgotten by making the row shorter.
 * A long prompt runs in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked, and its activations
   are the peak of the memory. A 135 M-parameter int4 decoder on a prompt of 1024 tokens, Zen 3: 489 MB at once, 306 MB in chunks of 256, 276 MB in chunks of
   128. 256 was chosen for memory. What it does to speed is not established: the times beside those figures were one run per setting.
@@ -27,6 +29,7 @@ Floats = NDArray[np.floating[Any]]
 ALIGNMENT_BYTES = 64
 FIRST_CAPACITY = 256
 PREFILL_CHUNK = 256
+KEPT_POSITIONS = "kept_positions"
 _TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _REMEDY = "build the bundle again: decoders follow onnxruntime-genai's names"
 
@@ -54,6 +57,12 @@ class Layout:
     vocab_size: int
     last_token_only: bool
     slots: tuple[CacheSlot, ...]
+    keeps: bool = False  # the graph gives logits for as many of the last positions as it is asked for
+
+    @property
+    def checks_drafts(self) -> bool:
+        """Logits after each token of a short run can be had."""
+        return self.keeps or not self.last_token_only
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -90,7 +99,8 @@ def read_layout(session: Any, genai: dict[str, Any], place: str) -> Layout:
     shape = outputs[logits].shape
     vocab = shape[-1] if isinstance(shape[-1], int) else int(genai["model"]["vocab_size"])
     position = names["position_ids"] if names["position_ids"] in inputs else ""
-    return Layout(names["input_ids"], names["attention_mask"], position, logits, _TYPES[outputs[logits].type], vocab, shape[1] == 1, tuple(slots))
+    keeps = any(node.name == KEPT_POSITIONS for node in session.get_overridable_initializers())
+    return Layout(names["input_ids"], names["attention_mask"], position, logits, _TYPES[outputs[logits].type], vocab, shape[1] == 1, tuple(slots), keeps)
 
 
 def aligned_zeros(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
@@ -113,7 +123,10 @@ class DecodeLoop:
         self._cache: list[NDArray[Any]] = []
         self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)  # [batch] tokens in the cache, without padding
         self._capacity = 0
+        self._ids = aligned_zeros((0, 1), np.int64)
+        self._logits = aligned_zeros((0, 1, 0), layout.logits_dtype)
         self._adapter: Mapping[str, Any] = {}
+        self._kept = np.ones((), np.int64)
 
     def use(self, adapter: Mapping[str, Any]) -> None:
         """Bind the inputs of an adapter (`runtimes.adapters.Adapters.values`), from the next `start` on. The one in use costs nothing to choose again."""
@@ -175,6 +188,19 @@ class DecodeLoop:
         self._run()
         return self._logits[:, 0]
 
+    def check(self, ids: Sequence[int]) -> Floats:
+        """Append tokens to the only row; logits after each of them [tokens, vocab].
+
+        Raises ValueError when the graph gives none (`Layout.checks_drafts`) or there are several rows.
+        """
+        if not self.layout.checks_drafts or len(self._lengths) != 1:
+            raise ValueError("a draft needs one row and logits for several positions")
+        return self._run_prompt(np.array([ids], np.int64), np.array([len(ids)]), kept=len(ids))[0]
+
+    def forget(self, tokens: int) -> None:
+        """Take the last tokens of the only row back: their keys and values lie beyond its mask, and the next ones overwrite them."""
+        self._lengths -= tokens
+
     def seek(self, tokens: int) -> None:
         """Go on as if `tokens` tokens had been read (their keys and values are what the cache holds, zeros at first): tries a late position at no cost."""
         self._reserve(1, tokens + 1)
@@ -208,7 +234,8 @@ class DecodeLoop:
         logits = self._run_prompt(ids, counts)
         return logits[:, 0] if self.layout.last_token_only else logits[np.arange(len(prompts)), counts - 1]
 
-    def _run_prompt(self, ids: NDArray[np.int64], counts: NDArray[Any]) -> Floats:
+    def _run_prompt(self, ids: NDArray[np.int64], counts: NDArray[Any], kept: int = 0) -> Floats:
+        """Append ids [batch, tokens] and run. kept: positions that shall have logits where the graph can choose; 0: its own choice."""
         before = int(self._lengths.max())
         self._lengths += counts
         total = before + ids.shape[1]
@@ -218,12 +245,29 @@ class DecodeLoop:
         self._bind_mask(total)
         if self.layout.position_ids:
             self._bind_input(self.layout.position_ids, np.tile(np.arange(before, total), (len(ids), 1)))
+        if kept and self.layout.keeps:
+            return self._run_kept(kept)
         width = 1 if self.layout.last_token_only else ids.shape[1]
         logits = aligned_zeros((len(ids), width, self.layout.vocab_size), self.layout.logits_dtype)
         self._bind_output(self.layout.logits, logits)
         self._run()
         self._bind_step(len(ids))
         return logits
+
+    def _run_kept(self, kept: int) -> Floats:
+        """Run what is bound, with logits [batch, kept, vocab]. The graph declares one position, as onnxruntime-genai wants it: onnxruntime makes room."""
+        self._keep(kept)
+        self._binding.bind_output(self.layout.logits, "cpu")
+        self._run()
+        logits: Floats = self._binding.get_outputs()[len(self.layout.slots)].numpy()  # outputs stand in the order they were first bound: the cache, then logits
+        self._keep(1)
+        self._bind_step(len(logits))
+        return logits
+
+    def _keep(self, positions: int) -> None:
+        if self.layout.keeps and int(self._kept) != positions:
+            self._kept[...] = positions
+            self._bind_input(KEPT_POSITIONS, self._kept)
 
     def _run(self) -> None:
         try:
@@ -234,8 +278,9 @@ class DecodeLoop:
 
     def _bind_step(self, batch: int) -> None:
         """Back to the buffers of single steps."""
-        self._ids = aligned_zeros((batch, 1), np.int64)
-        self._logits = aligned_zeros((batch, 1, self.layout.vocab_size), self.layout.logits_dtype)
+        if len(self._ids) != batch:
+            self._ids = aligned_zeros((batch, 1), np.int64)
+            self._logits = aligned_zeros((batch, 1, self.layout.vocab_size), self.layout.logits_dtype)
         self._bind_input(self.layout.input_ids, self._ids)
         self._bind_output(self.layout.logits, self._logits)
         if self.layout.position_ids:

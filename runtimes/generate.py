@@ -19,6 +19,7 @@ from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.chat import render_chat
 from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, read_layout
+from runtimes.lookup import Lookup, Pace
 from runtimes.sampling import Sampler, Sampling
 from runtimes.session import SessionSettings, open_session
 from runtimes.text import Detokenizer, StopStrings
@@ -34,6 +35,8 @@ class Options:
     stop           texts that end the answer and are not part of it
     prefill_chunk  tokens per run of a prompt, 0 = all at once
     adapter        the bundle's unmerged adapter to answer with, "" for the base alone
+    lookup         draft tokens from the text so far and check them together, while that is faster (`runtimes.lookup`): for one prompt, greedy, without
+                   repetition penalty
     """
 
     max_new_tokens: int = 256
@@ -42,10 +45,13 @@ class Options:
     ignore_eos: bool = False
     prefill_chunk: int = PREFILL_CHUNK
     adapter: str = ""
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise TrimtabError("max_new_tokens", expected="a count >= 1", found=str(self.max_new_tokens), remedy="change the option")
+        if self.lookup and not (self.sampling.greedy and self.sampling.repetition_penalty == 1.0):
+            raise TrimtabError("lookup", expected="greedy choice without repetition penalty", found="other sampling", remedy="leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ class _Row:
         self._limit = min(options.max_new_tokens, room)
         self.count, self.finish = 0, ""
 
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._limit - self.count
+
     def push(self, token_id: int, ends: bool) -> str:
         """Take a token; returns the text that became certain."""
         self.count += 1
@@ -115,6 +126,7 @@ class Generator:
         self.layout = read_layout(self._session, genai, str(bundle.directory))
         self.adapters = Adapters(bundle, self._session)
         self._idle: list[DecodeLoop] = []
+        self.pace = Pace()  # of the latest answer with lookup
 
     @classmethod
     def open(cls, directory: Path, settings: SessionSettings | None = None) -> Generator:
@@ -200,6 +212,9 @@ class Generator:
             raise TrimtabError("prompt", expected=f"at most {self.context_length - 1} tokens", found=found, remedy=remedy)
         started = time.perf_counter()
         rows = [_Row(self.tokenizer, prompt, options, self.context_length - len(prompt)) for prompt in prompts]
+        if options.lookup:
+            yield from self._run_lookup(prompts, rows[0], options, started)
+            return
         sampler = Sampler(options.sampling, prompts, self.layout.vocab_size)
         loop = self._take(options.adapter)
         try:
@@ -217,6 +232,41 @@ class Generator:
                 logits = loop.step(ids, active)
         finally:
             self._idle.append(loop)
+
+    def _run_lookup(self, prompts: list[list[int]], row: _Row, options: Options, started: float) -> Iterator[Piece]:
+        """One row whose drafts come from the text so far. Raises TrimtabError for several prompts and for a graph that cannot check drafts."""
+        if len(prompts) != 1 or not self.layout.checks_drafts:
+            found = f"{len(prompts)} prompts" if len(prompts) != 1 else "a graph with logits for the last token alone"
+            raise TrimtabError("lookup", expected="one prompt, and a bundle built by this version", found=found, remedy="leave lookup out")
+        lookup, self.pace, sampler = Lookup(prompts[0]), Pace(), Sampler(options.sampling, prompts, self.layout.vocab_size)
+        loop = self._take(options.adapter)
+        try:
+            fresh = sampler.choose(loop.start(prompts, chunk=options.prefill_chunk, expect_new=options.max_new_tokens)).tolist()
+            while True:
+                ms = (time.perf_counter() - started) * 1e3
+                for token in fresh:
+                    text = row.push(token, not options.ignore_eos and token in self.stop_ids)
+                    yield Piece(0, row.count - 1, token, text, row.finish, ms)
+                    if row.finish:
+                        return
+                lookup.push(fresh)
+                fresh = self._next(loop, sampler, lookup, fresh[-1], row.room)
+        finally:
+            self._idle.append(loop)
+
+    def _next(self, loop: DecodeLoop, sampler: Sampler, lookup: Lookup, last: int, room: int) -> list[int]:
+        """The tokens after `last`: one, or as many of a draft as greedy choice agrees with and one more."""
+        began = time.perf_counter()
+        draft = lookup.draft(min(self.pace.draft_length, room - 1))
+        if not draft:
+            chosen: list[int] = sampler.choose(loop.step([last])).tolist()
+            self.pace.stepped(time.perf_counter() - began)
+            return chosen
+        chosen = sampler.choose(loop.check([last, *draft])).tolist()
+        right = next((at for at, (guess, token) in enumerate(zip(draft, chosen, strict=False)) if guess != token), len(draft))
+        loop.forget(len(draft) - right)
+        self.pace.checked(len(draft), right, time.perf_counter() - began)
+        return chosen[: right + 1]
 
     def _take(self, adapter: str) -> DecodeLoop:
         values = self.adapters.values(adapter)

@@ -11,39 +11,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from targets.errors import TargetError
-from targets.profile import Profile
 
 CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to execute a graph. gpu: how a profile's `gpu` begins where it is the choice. kinds: of bundles it has kernels for.
+    """One way to execute a graph, for a caller to name (`SessionSettings.provider`). Targets do not choose one yet: everything is measured on the CPU.
 
-    Decoders stay on the CPU: their graphs hold a float32 GroupQueryAttention, and onnxruntime's CUDA kernel takes float16 only.
+    CUDA is for encoders: a decoder's graph holds a float32 GroupQueryAttention, and onnxruntime's CUDA kernel takes float16 only.
     """
 
     name: str
     package: str
     options: Mapping[str, str] = field(default_factory=dict)
-    gpu: str = ""
-    kinds: tuple[str, ...] = ("encoder",)
 
 
 PROVIDERS = {
-    "cpu": Provider(CPU, "onnxruntime", kinds=("decoder", "encoder")),
+    "cpu": Provider(CPU, "onnxruntime"),
     # the arena grows by what is asked for, not by doubling: a bundle shares the device's memory
-    "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu", {"arena_extend_strategy": "kSameAsRequested"}, gpu="NVIDIA"),
+    "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu", {"arena_extend_strategy": "kSameAsRequested"}),
     "openvino": Provider("OpenVINOExecutionProvider", "onnxruntime-openvino", {"device_type": "CPU"}),
     "directml": Provider("DmlExecutionProvider", "onnxruntime-directml"),
     "coreml": Provider("CoreMLExecutionProvider", "onnxruntime", {"ModelFormat": "MLProgram"}),
 }
-
-
-def provider_for(profile: Profile, kind: str) -> str:
-    """The row for a bundle of `kind` on a target: that of its GPU where one has kernels for it, else "cpu"."""
-    fits = (name for name, row in PROVIDERS.items() if row.gpu and profile.gpu.startswith(row.gpu) and kind in row.kinds)
-    return next(fits, "cpu")
 
 
 def session_providers(name: str) -> list[Any]:

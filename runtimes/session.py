@@ -10,11 +10,11 @@ denormals    flushed to zero where a process does nothing but run a bundle (`tri
              context 0 on an AMD Zen 3 took 1.12 (quartiles 1.07 to 1.20, 40 interleaved rounds) and 1.20 (1.04 to 1.31, 60 rounds) times as long without it;
              longer contexts were not measured alone. onnxruntime sets this for the calling thread for good, so a process that also merges or evaluates
              leaves it alone.
-undecided    dynamic_block_base 4 gave 1.13 (1.05 to 1.27) in one run, a spin of 10 ms 1.15 and 1.02 in two; the same settings run twice gave 1.02 (0.91 to
-             1.14). They keep their defaults until a quiet machine decides.
+defaults     dynamic_block_base and the length of the spin keep theirs: `benchmarks/steps.py` finds no difference beyond its noise on two cores.
 exact        MatMulNBits with float32 activations (`accuracy_level` 1) in place of what the graph says: slower, and free of the rounding of activations to
              8 bits, which turns the last bit of a sum into a step. What must be equal is compared so (`runtimes.behaviours`). One byte of the graph changes.
 optimisation onnxruntime's graph optimisations: all, basic or none.
+entries      further entries of onnxruntime's session configuration, for benchmarks that try them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class SessionSettings:
     profile_prefix: str = ""
     exact: bool = False
     optimization: str = "all"
+    entries: tuple[tuple[str, str], ...] = ()
 
     def resolved_threads(self) -> int:
         return self.threads or usable_cores()
@@ -73,6 +74,8 @@ def open_session(model_path: Path, settings: SessionSettings | None = None, grap
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1" if settings.flush_denormals else "0")
+    for key, value in settings.entries:
+        options.add_session_config_entry(key, value)
     if settings.exact:  # else DequantizeLinear and MatMul become an operator that rounds activations
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if settings.profile_prefix:

@@ -76,11 +76,11 @@ def reference(manifest: Mapping[str, Any], source: str | None, say: Progress) ->
     """
     from compiler.checkpoints.write import write_checkpoint
 
-    wanted = _contents(manifest["lineage"])
+    wanted = contents(manifest["lineage"])
     place = home(cache_key(wanted)) / CHECKPOINT
     if not (place / "config.json").is_file():
         sources = _mixture(manifest["lineage"], source).open()
-        if _contents(sources.lineage) != wanted:
+        if contents(sources.lineage) != wanted:
             expected, remedy = "the base and deltas that the bundle was made from", "name the recipe it was compiled from with --source"
             raise BenchError("the bundle's lineage", expected=expected, found="other contents", remedy=remedy)
         say("the merged weights in float32")
@@ -89,7 +89,7 @@ def reference(manifest: Mapping[str, Any], source: str | None, say: Progress) ->
     return place
 
 
-def _contents(lineage: Mapping[str, Any]) -> dict[str, Any]:
+def contents(lineage: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the merged weights, without names and paths."""
     deltas = [{key: row.get(key) for key in ("kind", "weight", "digest", "select")} for row in lineage["deltas"]]
     return {"base": lineage["base"]["digest"], "deltas": deltas, "combine": lineage["combine"], "select": lineage.get("select")}

@@ -7,7 +7,8 @@ No torch, no transformers, no model object. A llama layer is ten nodes:
 
 Inputs and outputs are onnxruntime-genai's: input_ids [batch, sequence], attention_mask [batch, total], past_key_values.N.key/value
 [batch, kv_heads, past, head_size]; logits [batch, 1 or sequence, vocab], present.N.key/value. Positions follow from the mask: prompts are padded on the
-right, row b has sum(mask[b]) valid tokens, and `logits="last"` gives the logits of each row's last valid one.
+right, row b has sum(mask[b]) valid tokens, and `logits="last"` gives the logits of each row's last valid one; of as many of the last ones as the optional
+input kept_positions says (int64, 1 unless fed), which is how drafts are checked.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def export_decoder(
     remove_unused(model.graph)
     model_bytes = save_model(model, directory / "model.onnx")
     adapters = build.attachments.write(directory, model_version(checkpoint.digest)) if tenants else ()
-    config = genai_config(spec, checkpoint.config, checkpoint.assets, length, quiet=bool(tenants))
+    config = genai_config(spec, checkpoint.config, checkpoint.assets, length)
     (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     rows = tuple(MatrixRow(matrix.name, (matrix.n, matrix.k), str(matrix.scheme), matrix.nbytes) for matrix in build.matrices)
     return DecoderExport(spec, rows, model_bytes, data_bytes, length, logits, adapters)

@@ -28,15 +28,15 @@ def special_tokens(spec: DecoderSpec, config: Mapping[str, Any], generation: Map
     return {key: value for key, value in found.items() if value is not None}
 
 
-def genai_config(spec: DecoderSpec, config: Mapping[str, Any], assets: Mapping[str, bytes], length: int, *, quiet: bool = False) -> dict[str, Any]:
+def genai_config(spec: DecoderSpec, config: Mapping[str, Any], assets: Mapping[str, bytes], length: int) -> dict[str, Any]:
     """The dict of genai_config.json. `length`: tokens of context; genai sizes its shared KV buffers by search.max_length.
 
-    quiet  keep onnxruntime's warnings off: it has one for each graph input with a default, of which adapters bring hundreds
+    onnxruntime's warnings are off: it has one for each graph input with a default, of which adapters bring hundreds.
     """
     generation = json.loads(assets["generation_config.json"]) if "generation_config.json" in assets else {}
     decoder = {
         "filename": "model.onnx",
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **({"log_severity_level": 3} if quiet else {})},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], "log_severity_level": 3},
         "head_size": spec.head_size,
         "hidden_size": spec.hidden,
         "num_attention_heads": spec.heads,

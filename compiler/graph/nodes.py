@@ -48,6 +48,11 @@ class GraphBuilder:
         """A few numbers kept in the graph itself."""
         return self.initializer(ir.tensor(value, name=name))
 
+    def default_input(self, name: str, value: np.ndarray) -> ir.Value:
+        """An input that need not be given: an initializer that a caller may override. onnxruntime does not list it among the inputs."""
+        self.inputs.append(self.constant(name, value))
+        return self.inputs[-1]
+
     def integers(self, *values: int) -> ir.Value:
         """int64 [n], shared by all nodes that need the same."""
         return self.constant("int64_" + "_".join(str(value) for value in values), np.array(values, np.int64))

@@ -80,4 +80,6 @@ def remove_unused(graph: ir.Graph) -> None:
         if not any(value in kept or value.uses() for value in node.outputs):
             graph.remove(node, safe=True)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and value not in kept]:
+        if graph.initializers[name] in graph.inputs:  # an input with a default
+            graph.inputs.remove(graph.initializers[name])
         del graph.initializers[name]

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.graph.spec import DecoderSpec
 
+KEPT_POSITIONS = "kept_positions"  # how many of the last positions have logits; runtimes.decode feeds it
 FUSED_STEP = 16  # widths that GroupQueryAttention rotates itself are multiples of this
 
 
@@ -50,14 +51,19 @@ class Positions:
         return graph.op(node, "RotaryEmbedding", [x, ids, cos, sin], MICROSOFT, num_heads=shape[0], rotary_embedding_dim=shape[1])
 
     def last_token(self, graph: GraphBuilder) -> ir.Value:
-        """GatherND indices int64 [batch, 1, 1]: max(valid - 1 - past, 0), which is at most sequence - 1.
+        """GatherND indices int64 [batch, kept, 1]: max(valid - 1 - past, 0), which is at most sequence - 1, and the kept - 1 positions before it.
 
-        It is negative for a short row of a ragged batch that decodes: then the only token given is the last.
+        It is negative for a short row of a ragged batch that decodes: then the only token given is the last. `kept_positions` is 1 unless it is fed:
+        checking a draft of tokens (runtimes.lookup) takes the logits after each of them.
         """
         last, total, sequence = self.last_index
         here = graph.op("/last_token/here", "Sub", [last, graph.op("/last_token/past", "Sub", [total, sequence])])
         index = graph.op("/last_token/index", "Max", [here, graph.integers(0)])
-        return graph.op("/last_token/indices", "Unsqueeze", [index, graph.integers(1, 2)])
+        one = graph.constant("int64_scalar_1", np.array(1, np.int64))
+        start = graph.op("/last_token/start", "Sub", [one, graph.default_input(KEPT_POSITIONS, np.array(1, np.int64))])
+        steps = graph.op("/last_token/steps", "Range", [start, one, one])
+        kept = graph.op("/last_token/kept", "Add", [graph.op("/last_token/column", "Unsqueeze", [index, graph.integers(1)]), steps])
+        return graph.op("/last_token/indices", "Unsqueeze", [kept, graph.integers(2)])
 
 
 def prologue(graph: GraphBuilder, spec: DecoderSpec, ids: ir.Value, mask: ir.Value, length: int) -> Positions:

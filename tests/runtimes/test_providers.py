@@ -1,16 +1,14 @@
-"""Execution providers: rows, the choice by target, and a build that lacks one."""
+"""Execution providers: rows, and a build that lacks one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from runtimes.providers import CPU, PROVIDERS, provider_for, session_providers
+from runtimes.providers import CPU, PROVIDERS, session_providers
 from runtimes.session import SessionSettings, open_session
 from targets.errors import TargetError
-from targets.profile import load_profile
 
 
 def test_the_cpu_is_there_and_alone() -> None:
@@ -35,10 +33,3 @@ def test_a_provider_comes_with_its_options_and_the_cpu_behind_it(monkeypatch: py
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     assert session_providers("cuda") == [("CUDAExecutionProvider", dict(PROVIDERS["cuda"].options)), CPU]
-
-
-def test_the_target_chooses() -> None:
-    server = load_profile("nvidia-l4")
-    assert provider_for(server, "encoder") == "cuda"
-    assert provider_for(server, "decoder") == "cpu"  # float32 GroupQueryAttention has no CUDA kernel
-    assert provider_for(replace(server, gpu=""), "encoder") == "cpu"

@@ -17,10 +17,15 @@ from runtimes.generate import Generator, Options
 from runtimes.session import SessionSettings
 
 
+def settings(question: dict[str, Any]) -> SessionSettings:
+    """As `trimtab run` opens a bundle: this process does nothing else, so denormals are flushed."""
+    return SessionSettings(threads=question["threads"], flush_denormals=True)
+
+
 class Decoder:
     def __init__(self, question: dict[str, Any]) -> None:
         self.folder = Path(question["model"])
-        self.generator = Generator(open_bundle(self.folder), SessionSettings(threads=question["threads"]))
+        self.generator = Generator(open_bundle(self.folder), settings(question))
         self.about = {"version": f"onnxruntime {onnxruntime.__version__}"}
         self.all_positions: Any = None
 
@@ -38,7 +43,7 @@ class Decoder:
 
 class Encoder:
     def __init__(self, question: dict[str, Any]) -> None:
-        self.encoder = BundleEncoder(open_bundle(Path(question["model"])), SessionSettings(threads=question["threads"]))
+        self.encoder = BundleEncoder(open_bundle(Path(question["model"])), settings(question))
         self.about = {"version": f"onnxruntime {onnxruntime.__version__}"}
 
     def encode(self, ids: list[list[int]]) -> tuple[float, Any]:
