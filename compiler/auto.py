@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -85,9 +86,13 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
         from compiler.quantizers.windows import token_windows
 
         question = Question(CHOICES, PROBED, step.params["method"])
-        found = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report, seed)
-        with store.make(step.key) as work:
-            (work / "sensitivity.json").write_text(json.dumps(found.as_dict(), sort_keys=True))
+
+        def fill(work: Path) -> None:
+            measured = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report, seed)
+            (work / "sensitivity.json").write_text(json.dumps(measured.as_dict(), sort_keys=True))
+
+        place = store.obtain(step.key, fill, step.named)
+        found = Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text()))
     return found
 
 

@@ -5,7 +5,9 @@ Exit codes: 0 done or PASS, 1 error, 2 usage, 3 limit exceeded (FAIL), 4 INCONCL
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,9 @@ from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
 from compiler.cli_parts import progress as _progress
 from compiler.cli_targets import targets_group
+from compiler.cli_trust import cache_group, explain_command, rebuild_command, sbom_command, sign_command
 from targets.errors import TrimtabError
+from targets.telemetry import switch_off
 
 if TYPE_CHECKING:
     from compiler.store import Store
@@ -47,23 +51,56 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
+    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback. With --json also the error as JSON on stdout.
+
+    SIGTERM ends it as Ctrl-C does: temporary folders are removed and nothing is published.
+    """
+    switch_off()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with contextlib.suppress(ValueError):  # only the main thread may set it
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         # Without standalone mode click returns the code of an Exit; commands themselves return nothing.
-        code = cli.main(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False) or 0
+        code = cli.main(args=given, prog_name="trimtab", standalone_mode=False) or 0
     except TrimtabError as error:
-        click.echo(f"trimtab: {error}", err=True)
-        code = error.exit_code
+        code = _tell(error, given)
+    except MemoryError as error:
+        code = _tell(_system_error("memory", "enough of it", str(error) or "none left", "close other programs, or use a machine with more", "MEMORY"), given)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing left to say
+        code = 1
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        code = _tell(_system_error(str(error.filename or "system"), "that it works", reason, "check the path, its permissions and the system's limits"), given)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("trimtab: interrupted; nothing was published", err=True)
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nothing left to say
-        code = 1
+    except Terminated:
+        click.echo("trimtab: terminated; nothing was published", err=True)
+        code = 143
     sys.exit(code)
+
+
+class Terminated(BaseException):
+    """SIGTERM came: raised wherever the program is, so that every `finally` runs."""
+
+
+def _terminated(_number: int, _frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _system_error(place: str, expected: str, found: str, remedy: str, code: str = "SYSTEM") -> TrimtabError:
+    return TrimtabError(place, expected=expected, found=found, remedy=remedy, code=code)
+
+
+def _tell(error: TrimtabError, given: Sequence[str]) -> int:
+    click.echo(f"trimtab: {error}", err=True)
+    if "--json" in given:
+        _print_json({"error": error.as_dict()})
+    return error.exit_code
 
 
 def _store() -> Store:
@@ -267,6 +304,7 @@ def validate_command(bundle: Path, target: str | None, limits: tuple[str, ...], 
 @click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare every byte with the manifest before anything is loaded.")
 @click.option("--lookup", is_flag=True, help="Draft tokens from the text so far and check them together, while that is faster. Greedy only.")
 @AS_JSON
 def run_command(bundle: Path, prompt: str, as_json: bool, **options: Any) -> None:
@@ -309,26 +347,49 @@ def inspect_command(path: str, as_json: bool) -> None:
 @cli.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-selftest", is_flag=True, help="Check hashes only.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="Also require signatures by this key (PEM). Needs trimtab[sign].")
+@click.option("--state", type=click.Path(path_type=Path), help="File of this machine with the highest release seen of each name: refuse a lower one.")
 @AS_JSON
-def verify_command(bundle: Path, no_selftest: bool, as_json: bool) -> None:
-    """Check every hash of BUNDLE, then let it answer its own self-test.
+def verify_command(bundle: Path, no_selftest: bool, public_key: Path | None, state: Path | None, as_json: bool) -> None:
+    """Check every hash of BUNDLE, its signature where a key is given, then let it answer its own self-test.
 
     \b
     Example:
       trimtab verify out/support-assistant-here
+      trimtab verify out/support-assistant-here --public-key release.pub --state /var/lib/releases.json
     """
     from runtimes.bundle import verify_bundle
     from runtimes.selftest import run_selftest
 
+    if state and not public_key:
+        raise click.UsageError("--state needs --public-key: an unsigned release number proves nothing")
     files = verify_bundle(bundle)
+    release = None
+    if public_key:
+        from compiler.signing import verify_signed
+
+        release = verify_signed(bundle, public_key)
     canaries = [] if no_selftest else run_selftest(bundle)
+    if state and release:
+        from compiler.signing import raise_state
+
+        raise_state(state, release, bundle)
     if as_json:
-        _print_json({"bundle": str(bundle), "files": len(files), "canaries": len(canaries), "verified": True})
+        _print_json({"bundle": str(bundle), "files": len(files), "canaries": len(canaries), "release": release, "verified": True})
     else:
-        click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should")
+        signed = f", signed release {release['version']}" if release else ""
+        click.echo(f"{bundle}: {len(files)} files match their hashes, {len(canaries)} canaries answered as they should{signed}")
 
 
-cli.add_command(bench_command)
-cli.add_command(compare_command)
-cli.add_command(delta_group)
-cli.add_command(targets_group)
+for command in (
+    bench_command,
+    cache_group,
+    compare_command,
+    delta_group,
+    explain_command,
+    rebuild_command,
+    sbom_command,
+    sign_command,
+    targets_group,
+):
+    cli.add_command(command)

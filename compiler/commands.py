@@ -15,8 +15,10 @@ from compiler.progress import Progress
 
 def run_bundle(directory: Path, prompt: str, as_json: bool, options: Mapping[str, Any]) -> None:
     """Generate (streaming), classify or encode one prompt and print the answer."""
-    from runtimes.bundle import open_bundle
+    from runtimes.bundle import open_bundle, verify_bundle
 
+    if options["verify"]:
+        verify_bundle(directory)
     bundle = open_bundle(directory)
     if bundle.kind == "encoder":
         if options["adapter"]:

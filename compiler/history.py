@@ -7,14 +7,13 @@ Builds that are not smaller and not better than another one are dominated; those
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compiler.report.verdict import Check
-from compiler.store import Store, cache_key, writing
+from compiler.store import Store, cache_key, locked, writing
 
 LOSSES = {"kl_mean": lambda value: value, "cosine_mean": lambda value: 1.0 - value}
 LATENCIES = ("tpot_p50_ms", "encode_p50_ms")
@@ -52,13 +51,14 @@ def family_key(identity: Mapping[str, Any], data: str) -> str:
 def remember(store: Store, family: str, point: Point) -> list[Point]:
     """Put a point among those of its family; returns all of them, this one last. A file that is no such list is begun anew. Raises OutputError."""
     place = store.root / "builds" / f"{family}.json"
-    known = [other for other in _read(place) if other.export != point.export][-MOST + 1 :]
-    points = [*known, point]
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        work = place.with_name(f".{place.name}.{os.getpid()}")  # builds of one model may end at the same time
-        work.write_text(json.dumps([asdict(one) for one in points]))
-        work.rename(place)
+        with locked(place.parent):  # else two builds that end at once would each drop the other's point
+            known = [other for other in _read(place) if other.export != point.export][-MOST + 1 :]
+            points = [*known, point]
+            work = place.with_suffix(".new")
+            work.write_text(json.dumps([asdict(one) for one in points]))
+            work.rename(place)
     return points
 
 

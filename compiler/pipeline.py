@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compiler import attached, auto, judge
 from compiler.economics import delta_bytes, economics
@@ -38,6 +39,9 @@ from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from runtimes.bundle import REPORTS
 from targets.profile import Profile, fingerprint, load_profile
+
+if TYPE_CHECKING:
+    from compiler.evaluation.run import Exported
 
 
 def _profile(recipe: Recipe, item: TargetItem) -> Profile:
@@ -115,8 +119,22 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     if sources.smooth:
         with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
             sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    package.require_writable(out)
     run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
+
+
+def export_again(recipe: Recipe, options: Mapping[str, Any], store: Store, progress: Progress, check: Callable[[Sources], None]) -> Path:
+    """The exported files of a recipe under the resolved options of an earlier export; `check` sees the sources before any work. Nothing is evaluated."""
+    with progress.stage("merge", str(mixture_of(recipe))):
+        sources = _planned(recipe)
+        check(sources)
+    if sources.smooth:
+        sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    steps = codes.code_steps(recipe, sources.weights, export_stage.schemes_in(options), options["road"])
+    plan = make_plan(recipe.name, "", sources.identity, options, {}, steps)
+    run = Run(recipe, sources, cast(Suite, None), store, progress)  # a suite is what evaluating asks for
+    return run._export(plan, sources, run._codes(plan, sources)[0])[0]
 
 
 @dataclass(frozen=True)
@@ -213,8 +231,8 @@ class Run:
             cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
             with self.progress.stage(step.stage, codes.described(step) + (" (cached)" if cached else "")):
                 if cached is None:
-                    with self.store.make(step.key) as work:
-                        codes.make(step, self.recipe, sources.weights, made, work, self.progress)
+                    make = partial(codes.make, step, self.recipe, sources.weights, made, progress=self.progress)
+                    self.store.obtain(step.key, make, step.named)
             made, read = self.store.place(step.key), [sources.weights.digest]
             records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(made), **watch.account))
         return made, records
@@ -223,37 +241,43 @@ class Run:
         step, watch = plan.step("export"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("export", f"{step.params['scheme']}, {step.params['road']} road" + (" (cached)" if cached else "")):
-            if cached is None:
-                with self.store.make(step.key) as work:
-                    export_stage.export(sources.weights, step.params, work, self.progress.update, made, attached.tenants(sources))
-        place = cached or self.store.place(step.key)
+
+            def fill(work: Path) -> None:
+                export_stage.try_small_files(sources.merged)
+                export_stage.export(sources.weights, step.params, work, self.progress.update, made, attached.tenants(sources))
+
+            place = cached or self.store.obtain(step.key, fill, step.named)
         wrote = sorted(path.name for path in place.iterdir())
         known = [sources.merged.digest]
         record = Record("export", step.key, known, wrote, dict(step.params), cached is not None, bytes=tree_bytes(place), **watch.account)
         return place, record
 
     def _evaluate(self, plan: Plan, exported: Path, made: Path | None) -> tuple[dict[str, Any], Record]:
-        from compiler.evaluation.run import Exported, evaluate, evaluate_attached
+        from compiler.evaluation.run import Exported
 
         step, watch = plan.step("evaluate"), Stopwatch()
         cached = self.store.get(step.key)
         with self.progress.stage("evaluate", f"{len(self.suite.data.rows)} rows of {self.suite.data.origin}" + (" (cached)" if cached else "")):
-            if cached is None:
+
+            def fill(work: Path) -> None:
                 params = plan.step("export").params
                 decodes = params["road"] == export_stage.DECODER
                 codes_of = codes_for(self.sources.weights, export_stage.schemes_in(params), made) if decodes else None
-                files = Exported(exported, codes_of, self.sources.scales)
-                base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
-                if self.sources.attached:
-                    result = evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
-                else:
-                    result = evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
-                with self.store.make(step.key) as work:
-                    (work / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, sort_keys=True))
-        place = cached or self.store.place(step.key)
+                found = self._answers(Exported(exported, codes_of, self.sources.scales))
+                (work / "evaluation.json").write_text(json.dumps(found, ensure_ascii=False, sort_keys=True))
+
+            place = cached or self.store.obtain(step.key, fill, step.named)
         result = json.loads((place / "evaluation.json").read_text())
         values = {name: metric["value"] for name, metric in result["metrics"].items()}
         return result, Record("evaluate", step.key, self.suite.digests, [], values, cached is not None, **watch.account)
+
+    def _answers(self, files: Exported) -> dict[str, Any]:
+        from compiler.evaluation.run import evaluate, evaluate_attached
+
+        base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
+        if self.sources.attached:
+            return evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
+        return evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
 
     def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""

@@ -33,7 +33,12 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        return cache_key({"stage": self.stage, **self.parts}) if self.parts else ""
+        return cache_key(self.named) if self.parts else ""
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The parts of the key, the stage among them: what the store keeps beside the result."""
+        return {"stage": self.stage, **self.parts}
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class Plan:
 
     def rows(self, store: Store) -> list[dict[str, Any]]:
         """For printing: stage, its parameters, and whether the store already holds the result."""
-        return [{"stage": s.stage, "params": dict(s.params), "key": s.key, "state": "view" if s.stage == "merge" else _state(s, store)} for s in self.steps]
+        return [
+            {"stage": s.stage, "params": dict(s.params), "key": s.key, "state": "view" if s.stage == "merge" else _state(s, store), "parts": s.named}
+            for s in self.steps
+        ]
 
 
 def _state(step: Step, store: Store) -> str:

@@ -209,7 +209,9 @@ class TargetItem(Part):
         for name, value in limits.items():
             quantity(name, f"targets.limits.{name}")
             if not math.isfinite(value):
-                raise RecipeError(f"targets.limits.{name}", expected="a finite number", found=str(value), remedy="write the limit as a plain number")
+                raise RecipeError(
+                    f"targets.limits.{name}", expected="a finite number", found=str(value), remedy="write the limit as a plain number", code="RECIPE_VALUE"
+                )
         return limits
 
 
@@ -353,11 +355,11 @@ def _first_problem(error: ValidationError, path: Path, listed: bool = False, ins
     if problem["type"] == "extra_forbidden":
         siblings = _keys_at((*inside, *problem["loc"][:-1]))
         key = str(problem["loc"][-1])
-        return RecipeError(place, expected=f"one of {', '.join(siblings)}", found=f"unknown key {key!r}", remedy=nearest(key, siblings))
+        return RecipeError(place, expected=f"one of {', '.join(siblings)}", found=f"unknown key {key!r}", remedy=nearest(key, siblings), code="RECIPE_KEY")
     if problem["type"] == "missing":
         return RecipeError(place, expected="this key", found="nothing", remedy="add it; see docs/recipe.md")
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return RecipeError(place, expected=expected, found=found, remedy="see docs/recipe.md for what this key takes")
+    return RecipeError(place, expected=expected, found=found, remedy="see docs/recipe.md for what this key takes", code="RECIPE_VALUE")
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

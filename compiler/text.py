@@ -13,6 +13,7 @@ import yaml
 from compiler.errors import RecipeError
 
 SIZE_LIMIT_BYTES = 1 << 20
+DEPTH_LIMIT = 32
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -31,13 +32,21 @@ def default_name(path: str) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML without the three things that surprise: duplicate keys, aliases and explicit tags."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        if self.depth > DEPTH_LIMIT:
+            raise yaml.MarkedYAMLError(problem=f"more than {DEPTH_LIMIT} levels", problem_mark=event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)  # type: ignore[arg-type]  # the C and the Python mark are alike
         if getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(problem=f"explicit tag {event.tag} is not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -58,14 +67,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(str(path), expected="a readable file", found=error.strerror or type(error).__name__, remedy="check the path") from error
     if len(data) > SIZE_LIMIT_BYTES:
-        raise RecipeError(str(path), expected=f"at most {SIZE_LIMIT_BYTES} bytes", found=f"{len(data)} bytes", remedy="this is no recipe")
+        raise RecipeError(str(path), expected=f"at most {SIZE_LIMIT_BYTES} bytes", found=f"{len(data)} bytes", remedy="this is no recipe", code="YAML_UNSAFE")
     try:
         value = yaml.load(data, _StrictLoader)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         found = (getattr(error, "problem", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise RecipeError(where, expected="plain YAML", found=found, remedy="correct that line") from error
+        raise RecipeError(where, expected="plain YAML", found=found, remedy="correct that line", code="YAML_UNSAFE") from error
     if not isinstance(value, dict):
         raise RecipeError(str(path), expected="a mapping of keys to values", found=type(value).__name__, remedy="see docs/recipe.md")
     return value

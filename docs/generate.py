@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the commands' own --help, or check that it is up to date: `python docs/generate.py [--check]`."""
+"""Write docs/cli.md from the commands' own --help and docs/codes.md from the table of codes, or check both:
+`python docs/generate.py [--check]`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 
 from compiler.cli import cli
+from targets.codes import CODES
 
 PAGE = Path(__file__).parent / "cli.md"
 HEAD = "# Command line\n\nGenerated from `--help` by `make docs`. Exit codes: 0 done or PASS, 1 error, 2 usage, 3 limit exceeded (FAIL), 4 INCONCLUSIVE.\n"
@@ -33,14 +35,31 @@ def page() -> str:
     return "\n".join(parts)
 
 
+CODES_PAGE = Path(__file__).parent / "codes.md"
+CODES_HEAD = """# Error codes
+
+Made from `targets/codes.py` by `make docs`. A code stays what it is between versions; the words of an error may change. With `--json` a command that fails
+prints `{"error": {"code", "place", "expected", "found", "remedy"}}` on stdout, beside the line on stderr ([errors](errors.md)).
+
+| code | cause |
+|---|---|
+"""
+
+
+def codes_page() -> str:
+    return CODES_HEAD + "".join(f"| `{code}` | {cause} |\n" for code, cause in CODES.items())
+
+
 def main() -> int:
-    if "--check" not in sys.argv:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print("docs/cli.md is not what --help says: run `make docs`", file=sys.stderr)
-    return 1
+    stale = []
+    for place, content in ((PAGE, page()), (CODES_PAGE, codes_page())):
+        if "--check" not in sys.argv:
+            place.write_text(content, encoding="utf-8")
+        elif not place.exists() or place.read_text(encoding="utf-8") != content:
+            stale.append(place.name)
+    if stale:
+        print(f"{', '.join(stale)} is not what the code says: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

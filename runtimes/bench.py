@@ -14,8 +14,8 @@ The protocol of the child process (`measure_in_child` is its other end). One JSO
                 "percentile": 95, "limit": 400, "confidence": 0.995, "estimate": ..., "lower": ..., "upper": ...}],
      "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}, "crowded": ""}
 
-Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of JSON
-{"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
+Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "code", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of
+JSON {"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
 
 How it is measured. A request is one prompt of random token ids (seeded) and `new_tokens` greedy tokens, stop tokens ignored; it gives one sample of each
 series, because tokens of one request are not independent: TTFT, and TPOT = (t_last - t_first) / (n - 1). Peak memory is that of this fresh process, in which
@@ -211,12 +211,16 @@ def measure_in_child(directory: Path, options: BenchOptions, report: Callable[[i
         with subprocess.Popen(
             command, stdout=answer_file, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         ) as child:
-            for line in child.stderr or ():
-                if line.startswith("{") and report is not None:
-                    step = json.loads(line)
-                    report(step["samples"], step["most"], step["seconds"])
-                elif not line.startswith("{"):
-                    noise.append(line.strip())
+            try:
+                for line in child.stderr or ():
+                    if line.startswith("{") and report is not None:
+                        step = json.loads(line)
+                        report(step["samples"], step["most"], step["seconds"])
+                    elif not line.startswith("{"):
+                        noise.append(line.strip())
+            except BaseException:  # interrupted or terminated: a child that measures on would be nobody's
+                child.kill()
+                raise
         answer_file.seek(0)
         text = answer_file.read()
     if options.memory_bytes:
@@ -378,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = measure(bundle, BenchOptions(**given, limits=limits), _progress() if progress else None, alone=True)
     except TrimtabError as error:
         kind = "BundleError" if isinstance(error, BundleError) else "TrimtabError"
-        print(json.dumps({"error": {"kind": kind, "place": error.place, "expected": error.expected, "found": error.found, "remedy": error.remedy}}))
+        print(json.dumps({"error": {"kind": kind, **error.as_dict()}}))
         return error.exit_code
     print(json.dumps(result.to_json()))
     return 0

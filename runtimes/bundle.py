@@ -25,6 +25,7 @@ from targets.errors import BundleError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+MISSING, EXTRA = "is missing", "is not in the manifest"
 KINDS = ("decoder", "encoder")
 NEEDED = {"decoder": ("model.onnx", "genai_config.json", "tokenizer.json"), "encoder": ("model.onnx", "tokenizer.json")}
 REBUILD = "build it again with `trimtab compile`, or copy it again from where it was built"
@@ -96,9 +97,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BundleError(str(path), expected="a readable file", found=error.strerror or str(error), remedy=REBUILD) from error
     except (ValueError, RecursionError) as error:
-        raise BundleError(str(path), expected="a JSON object", found=str(error), remedy=REBUILD) from error
+        raise BundleError(str(path), expected="a JSON object", found=str(error), remedy=REBUILD, code="MANIFEST") from error
     if not isinstance(value, dict):
-        raise BundleError(str(path), expected="a JSON object", found=type(value).__name__, remedy=REBUILD)
+        raise BundleError(str(path), expected="a JSON object", found=type(value).__name__, remedy=REBUILD, code="MANIFEST")
     return value
 
 
@@ -112,20 +113,20 @@ def open_bundle(directory: Path) -> Bundle:
         )
     manifest = read_json_object(directory / MANIFEST)
     place = str(directory / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise BundleError(
-            f"{place}: schema", expected=str(SCHEMA), found=repr(manifest.get("schema")), remedy="open it with the version of trimtab that wrote it"
-        )
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        code = "SCHEMA_NEWER" if isinstance(schema, int) and schema > SCHEMA else "MANIFEST"
+        raise BundleError(f"{place}: schema", expected=str(SCHEMA), found=repr(schema), remedy="open it with the version of trimtab that wrote it", code=code)
     model = manifest.get("model")
     kind = model.get("kind") if isinstance(model, dict) else None
     if kind not in KINDS:
-        raise BundleError(f"{place}: model.kind", expected=" or ".join(KINDS), found=repr(kind), remedy=REBUILD)
+        raise BundleError(f"{place}: model.kind", expected=" or ".join(KINDS), found=repr(kind), remedy=REBUILD, code="MANIFEST")
     files = _entries(manifest, place)
     listed = {entry.path for entry in files}
     faults = [f"{name} is not listed" for name in NEEDED[kind] if name not in listed]
     faults += [fault for entry in files if (fault := _shape_fault(directory, entry))]
     if faults:
-        raise BundleError(str(directory), expected="every file of its manifest", found="; ".join(faults), remedy=REBUILD)
+        raise BundleError(str(directory), expected="every file of its manifest", found="; ".join(faults), remedy=REBUILD, code=_code(faults))
     return Bundle(directory, manifest, kind, files)
 
 
@@ -144,11 +145,19 @@ def verify_bundle(directory: Path) -> list[FileEntry]:
         if fault:
             faults.append(fault)
     listed = {entry.path for entry in files} | {MANIFEST}
-    faults += [f"{path} is not in the manifest" for path in _walk(directory) if path not in listed]
+    faults += [f"{path} {EXTRA}" for path in _walk(directory) if path not in listed]
     if faults:
-        raise BundleError(str(directory), expected="exactly the files of its manifest", found="; ".join(faults), remedy=f"do not deploy it; {REBUILD}")
+        remedy = f"do not deploy it; {REBUILD}"
+        raise BundleError(str(directory), expected="exactly the files of its manifest", found="; ".join(faults), remedy=remedy, code=_code(faults))
     open_bundle(directory)
     return list(files)
+
+
+def _code(faults: list[str]) -> str:
+    """The gravest: what was changed, then what is gone, then what was added."""
+    if any(not fault.endswith((MISSING, EXTRA)) for fault in faults):
+        return "BUNDLE_DIGEST"
+    return "BUNDLE_MISSING" if any(fault.endswith(MISSING) for fault in faults) else "BUNDLE_EXTRA"
 
 
 def sha256_of(path: Path) -> str:
@@ -167,24 +176,26 @@ def sha256_of(path: Path) -> str:
 def _entries(manifest: Mapping[str, Any], place: str) -> tuple[FileEntry, ...]:
     rows = manifest.get("files")
     if not isinstance(rows, list) or not rows:
-        raise BundleError(f"{place}: files", expected="a list of {path, sha256, bytes}", found=repr(rows)[:60], remedy=REBUILD)
+        raise BundleError(f"{place}: files", expected="a list of {path, sha256, bytes}", found=repr(rows)[:60], remedy=REBUILD, code="MANIFEST")
     entries = [_entry(row, f"{place}: files[{index}]") for index, row in enumerate(rows)]
     folded = [entry.path.casefold() for entry in entries]
     twice = sorted({path for path in folded if folded.count(path) > 1})
     if twice:
-        raise BundleError(f"{place}: files", expected="each path once", found=f"{', '.join(twice)} twice", remedy=REBUILD)
+        raise BundleError(f"{place}: files", expected="each path once", found=f"{', '.join(twice)} twice", remedy=REBUILD, code="MANIFEST")
     return tuple(entries)
 
 
 def _entry(row: Any, place: str) -> FileEntry:
     if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-        raise BundleError(place, expected="{path, sha256, bytes}", found=repr(row)[:60], remedy=REBUILD)
+        raise BundleError(place, expected="{path, sha256, bytes}", found=repr(row)[:60], remedy=REBUILD, code="MANIFEST")
     path, digest, size = row["path"], row.get("sha256"), row.get("bytes")
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path or PurePosixPath(path).as_posix() != path:
-        raise BundleError(place, expected="a path inside the bundle", found=repr(path), remedy="do not open it: it names a file that is not its own")
+        raise BundleError(
+            place, expected="a path inside the bundle", found=repr(path), remedy="do not open it: it names a file that is not its own", code="BUNDLE_PATH"
+        )
     if not isinstance(digest, str) or len(digest) != 64 or not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise BundleError(place, expected="a sha256 of 64 hex digits and a size in bytes", found=f"{digest!r}, {size!r}", remedy=REBUILD)
+        raise BundleError(place, expected="a sha256 of 64 hex digits and a size in bytes", found=f"{digest!r}, {size!r}", remedy=REBUILD, code="MANIFEST")
     return FileEntry(path, digest.lower(), size)
 
 
@@ -198,7 +209,7 @@ def _shape_fault(directory: Path, entry: FileEntry) -> str:
     try:
         status = os.lstat(current)
     except (FileNotFoundError, NotADirectoryError):
-        return f"{entry.path} is missing"
+        return f"{entry.path} {MISSING}"
     if not stat.S_ISREG(status.st_mode):
         return f"{entry.path} is not a regular file"
     return "" if status.st_size == entry.size_bytes else f"{entry.path} has {status.st_size} bytes, not {entry.size_bytes}"

@@ -41,6 +41,10 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _OverBudget(SecurityError):
+    """Rule 2 is broken."""
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, which bounds one range() but neither loops within loops nor texts that double, with a budget for both."""
 
@@ -76,25 +80,25 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _pay(self, steps: int) -> None:
         self.steps_left -= steps
         if self.steps_left < 0:
-            raise SecurityError(f"more than {LOOP_STEPS} steps of loops")
+            raise _OverBudget(f"more than {LOOP_STEPS} steps of loops")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)) and abs(left) <= 1024 and abs(right) <= 64):
-            raise SecurityError("a power that large is not allowed")
+            raise _OverBudget("a power that large is not allowed")
         sized = [isinstance(side, (str, list, tuple)) for side in (left, right)]
         if operator == "*" and any(sized):
             size = (len(left) if sized[0] else left) * (len(right) if sized[1] else right)
             if isinstance(size, (int, float)) and size > SIZE_CAP:
-                raise SecurityError(f"a repetition of more than {SIZE_CAP} elements is not allowed")
+                raise _OverBudget(f"a repetition of more than {SIZE_CAP} elements is not allowed")
         if operator == "+" and all(sized) and len(left) + len(right) > SIZE_CAP:
-            raise SecurityError(f"a sum of more than {SIZE_CAP} elements is not allowed")
+            raise _OverBudget(f"a sum of more than {SIZE_CAP} elements is not allowed")
         return super().call_binop(context, operator, left, right)
 
 
 def _joined(parts: Sequence[Any]) -> str:
     texts = [str(part) for part in parts]
     if sum(map(len, texts)) > SIZE_CAP:
-        raise SecurityError(f"a text of more than {SIZE_CAP} characters is not allowed")
+        raise _OverBudget(f"a text of more than {SIZE_CAP} characters is not allowed")
     return "".join(texts)
 
 
@@ -137,15 +141,19 @@ def render_chat(
         for piece in sandbox.from_string(template).generate(values):
             length += len(piece)
             if length > OUTPUT_CAP_CHARS:
-                raise SecurityError(f"an output of more than {OUTPUT_CAP_CHARS} characters")
+                raise _OverBudget(f"an output of more than {OUTPUT_CAP_CHARS} characters")
             written.append(piece)
     except SecurityError as error:
         raise BundleError(
-            "chat template", expected="a template that only reads its messages", found=f"unsafe: {error}", remedy="do not use this bundle's chat template"
+            "chat template",
+            expected="a template that only reads its messages",
+            found=f"unsafe: {error}",
+            remedy="do not use this bundle's chat template",
+            code="TEMPLATE_LIMIT" if isinstance(error, _OverBudget) else "TEMPLATE_UNSAFE",
         ) from error
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"
         raise BundleError(
-            "chat template", expected="a template that renders these messages", found=found, remedy="change the messages or the template"
+            "chat template", expected="a template that renders these messages", found=found, remedy="change the messages or the template", code="TEMPLATE"
         ) from error
     return "".join(written)

@@ -56,7 +56,9 @@ def run_selftest(directory: Path) -> Sequence[Mapping[str, Any]]:
         elif not _near(want, got, atol):
             faults.append(f"{want['text']!r} is answered differently{by}")
     if faults:
-        raise BundleError(str(directory), expected="the answers of selftest.json", found="; ".join(faults), remedy="do not serve it: build or copy it again")
+        raise BundleError(
+            str(directory), expected="the answers of selftest.json", found="; ".join(faults), remedy="do not serve it: build or copy it again", code="SELFTEST"
+        )
     return canaries
 
 

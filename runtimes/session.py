@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtimes.external import check_graph
 from runtimes.providers import session_providers
 from targets.errors import BundleError
 from targets.machine import usable_cores
+from targets.telemetry import switch_off
 
 LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
 # AttributeProto (onnx.proto3): field 1, name, 14 bytes; field 3, i, a varint. Both varints have one byte, so no length around them changes.
@@ -58,6 +60,7 @@ def open_session(model_path: Path, settings: SessionSettings | None = None, grap
 
     Warnings of onnxruntime are kept off the terminal (severity 3): what matters is checked by us and said in our words.
     """
+    switch_off()
     import onnxruntime
 
     settings = settings or SessionSettings()
@@ -83,6 +86,7 @@ def open_session(model_path: Path, settings: SessionSettings | None = None, grap
         options.profile_file_prefix = settings.profile_prefix
     if not Path(model_path).is_file():
         raise BundleError(str(model_path), expected="an ONNX file", found="none", remedy=REMEDY)
+    check_graph(Path(model_path))
     source: str | bytes = str(model_path)
     if settings.exact or graph is not None:
         source = graph or Path(model_path).read_bytes()

@@ -12,6 +12,10 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def make_tiny_llama(folder: Path) -> Path:
     """A two-layer llama with 3 heads over 1 key/value head, tied embeddings, a byte-level tokenizer and a chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,7 +23,6 @@ def tiny_llama(tmp_path_factory) -> Path:
 
     from compiler.evaluation.data import builtin_text
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,13 +52,16 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lora(tiny_llama, tmp_path_factory) -> Path:
+    return make_tiny_lora(tiny_llama, tmp_path_factory.mktemp("tiny-lora"))
+
+
+def make_tiny_lora(base: Path, folder: Path) -> Path:
     """A LoRA of `tiny_llama` as PEFT writes it, with non-zero B."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-lora")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

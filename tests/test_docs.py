@@ -320,7 +320,7 @@ def test_each_bad_input_stands_on_the_page_once() -> None:
 
 def test_refused_and_not_built_are_refused() -> None:
     """What index.md says is not built: were it built, the page would be wrong."""
-    assert not {"explain", "distil", "cache"} & set(cli.commands)
+    assert not {"distil"} & set(cli.commands)
     for more in ({"distil": {"teacher": "x"}},):
         with pytest.raises(TrimtabError):
             parse_recipe({"name": "x", "base": "base", **more}, Path("recipe.yaml"))

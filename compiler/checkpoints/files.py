@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,31 @@ import numpy as np
 from compiler.errors import CheckpointError
 
 HASH_CHUNK_BYTES = 4 << 20
+JSON_LIMIT_BYTES = 64 << 20
+RESTORE = "restore the file from where the model came from"
 
 
-def read_at(path: Path, offset: int, count: int) -> np.ndarray:
-    """`count` bytes of `path` from `offset`: uint8 [count]. Raises CheckpointError when the file is shorter or gone."""
+Stamp = tuple[int, int, int]  # inode, bytes, modified (ns)
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes when a file is replaced, cut or written to. Raises CheckpointError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_at(path: Path, offset: int, count: int, seen: Stamp | None = None) -> np.ndarray:
+    """`count` bytes of `path` from `offset`: uint8 [count]. Raises CheckpointError when the file is shorter or gone, or no longer the one that was `seen`."""
     data = np.empty(count, np.uint8)
     filled = 0
     try:
         with path.open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if seen is not None and seen != (status.st_ino, status.st_size, status.st_mtime_ns):
+                raise _changed(path, count, offset, status.st_size)
             file.seek(offset)
             while filled < count:
                 got = file.readinto(data[filled:].data)
@@ -42,6 +60,12 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
     return data
 
 
+def _changed(path: Path, count: int, offset: int, size: int) -> CheckpointError:
+    found = f"{size}: the file is truncated" if size < offset + count else "a file that changed since its header was read"
+    again = "copy or download the file again" if size < offset + count else "leave the file alone while it is compiled, then run again"
+    return CheckpointError(str(path), expected=f"{count} bytes at {offset}", found=found, remedy=again, code="INPUT_CHANGED")
+
+
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         str(path), expected="a file that can be read", found=error.strerror or type(error).__name__, remedy="check the path and its permissions"
@@ -49,24 +73,45 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def file_size(path: Path) -> int:
+    """Bytes of a regular file, asked before it is opened: opening a pipe would wait for its writer. Raises CheckpointError."""
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(str(path), expected="a file", found="a folder, pipe or device", remedy="name the model's own files", code="FILE_KIND")
+    return status.st_size
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`. `what` names the file's part for the message. Raises CheckpointError."""
+    """The JSON object in `path`, of at most 64 MiB. `what` names the file's part for the message. Raises CheckpointError (`plain_json`)."""
+    size = file_size(path)
+    if size > JSON_LIMIT_BYTES:
+        raise CheckpointError(str(path), expected=f"{what} of at most {JSON_LIMIT_BYTES} bytes", found=f"{size}", remedy=RESTORE, code="CONFIG_JSON")
     try:
-        value = json.loads(path.read_bytes())
+        return plain_json(path.read_bytes(), str(path), what)
     except OSError as error:
         raise unreadable(path, error) from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
-        raise CheckpointError(str(path), expected=f"{what} in JSON", found=str(error), remedy="restore the file from where the model came from") from error
+
+
+def plain_json(data: bytes, place: str, what: str) -> dict[str, Any]:
+    """A JSON object without what JSON libraries read in different ways: a key twice, NaN and infinity. Raises CheckpointError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError(f"key {next(key for key, _ in pairs if [name for name, _ in pairs].count(key) > 1)!r} twice")
+        return result
+
+    def finite(word: str) -> float:
+        raise ValueError(f"{word}, which is no JSON")
+
+    try:
+        value = json.loads(data, object_pairs_hook=once, parse_constant=finite)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        raise CheckpointError(place, expected=f"{what} in JSON", found=str(error), remedy=RESTORE, code="CONFIG_JSON") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            str(path), expected=f"{what}: a JSON object", found=f"a {type(value).__name__}", remedy="restore the file from where the model came from"
-        )
+        raise CheckpointError(place, expected=f"{what}: a JSON object", found=f"a {type(value).__name__}", remedy=RESTORE, code="CONFIG_JSON")
     return value
 
 

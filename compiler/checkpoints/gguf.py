@@ -20,7 +20,7 @@ import numpy as np
 
 from compiler.checkpoints import ggml
 from compiler.checkpoints.coded import Coded
-from compiler.checkpoints.files import read_at, sha256_file
+from compiler.checkpoints.files import Stamp, read_at, sha256_file, stamp
 from compiler.checkpoints.gguf_config import AUXILIARY, Family, Source, build_config, family_of, generation_config, hugging_face_name
 from compiler.checkpoints.gguf_header import Entry, Header, read_header
 from compiler.checkpoints.view import Checkpoint, TensorView
@@ -63,7 +63,7 @@ def _view(path: Path, origin: str, entry: Entry, family: Family, config: Mapping
             found=entry.dtype,
             remedy="use another quantization of the model, or its safetensors",
         )
-    rows: Rows = StoredRows(path, entry)
+    rows: Rows = StoredRows(path, entry, stamp(path))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
     if family.permuted and heads:
         if entry.shape[0] % (2 * heads):
@@ -80,6 +80,7 @@ class StoredRows:
 
     path: Path
     entry: Entry
+    seen: Stamp | None = None  # the file as it was when its header was read
 
     @property
     def columns(self) -> int:
@@ -96,7 +97,7 @@ class StoredRows:
 
     def _data(self, start: int, stop: int) -> np.ndarray:
         row_bytes = ggml.row_size(self.entry.dtype, self.columns) * int(np.prod(self.entry.shape[1:-1], dtype=np.int64))
-        return read_at(self.path, self.entry.begin + start * row_bytes, (stop - start) * row_bytes)
+        return read_at(self.path, self.entry.begin + start * row_bytes, (stop - start) * row_bytes, self.seen)
 
 
 def _whole(path: Path, entry: Entry) -> np.ndarray:

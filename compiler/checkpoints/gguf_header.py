@@ -45,6 +45,14 @@ class Header:
     tensors: dict[str, Entry]
 
 
+class _Malformed(ValueError):
+    """A fault of the header that has a code of its own."""
+
+    def __init__(self, code: str, text: str) -> None:
+        self.code = code
+        super().__init__(text)
+
+
 class Reader:
     """A cursor over the header's bytes. Raises ValueError when they end too early; `read_header` gives it a place."""
 
@@ -53,7 +61,7 @@ class Reader:
 
     def take(self, count: int) -> bytes:
         if count < 0 or self.at + count > len(self.data):
-            raise ValueError(f"{count} bytes at {self.at} run past the end")
+            raise _Malformed("GGUF_LIMIT", f"{count} bytes at {self.at} run past the end")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -65,14 +73,14 @@ class Reader:
 
     def texts(self, count: int) -> list[str]:
         if count * 8 > len(self.data) - self.at:
-            raise ValueError(f"an array of {count} strings at {self.at} runs past the end")
+            raise _Malformed("GGUF_LIMIT", f"an array of {count} strings at {self.at} runs past the end")
         data, at, end, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
         result = []
         for _ in range(count):
             start = at + 8
             at = start + length(data, at)[0]
             if at > end - 8:
-                raise ValueError(f"a string at {start} runs past the end")
+                raise _Malformed("GGUF_LIMIT", f"a string at {start} runs past the end")
             result.append(data[start:at].decode("utf-8"))
         self.at = at
         return result
@@ -109,7 +117,8 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, struct.error) as error:  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(str(path), expected="a whole GGUF file, version 2 or 3, little endian", found=str(error), remedy=AGAIN) from error
+        code = getattr(error, "code", "GGUF")
+        raise CheckpointError(str(path), expected="a whole GGUF file, version 2 or 3, little endian", found=str(error), remedy=AGAIN, code=code) from error
 
 
 def _read(reader: Reader, size: int) -> Header:
@@ -121,17 +130,17 @@ def _read(reader: Reader, size: int) -> Header:
     for _ in range(value_count):
         key = reader.text()
         if key in metadata:
-            raise ValueError(f"key {key} twice")
+            raise _Malformed("GGUF_DUPLICATE", f"key {key} twice")
         metadata[key] = reader.value(reader.number("<I"))
     table = [_row(reader) for _ in range(tensor_count)]
     alignment = int(metadata.get("general.alignment", 32))
     if alignment <= 0 or alignment & (alignment - 1):
-        raise ValueError(f"alignment {alignment}")
+        raise _Malformed("GGUF_ALIGN", f"alignment {alignment}")
     start = -(-reader.at // alignment) * alignment
     tensors: dict[str, Entry] = {}
     for name, shape, kind, offset in table:
         if name in tensors:
-            raise ValueError(f"tensor {name} twice")
+            raise _Malformed("GGUF_DUPLICATE", f"tensor {name} twice")
         tensors[name] = _entry(name, shape, kind, start + offset, size)
     return Header(metadata, tensors)
 
@@ -140,7 +149,7 @@ def _row(reader: Reader) -> tuple[str, tuple[int, ...], int, int]:
     """(name, shape, type, offset); GGUF counts the fastest dimension first, numpy last."""
     name, dimensions = reader.text(), reader.number("<I")
     if dimensions > 4:
-        raise ValueError(f"tensor {name} of {dimensions} dimensions")
+        raise _Malformed("GGUF_SHAPE", f"tensor {name} of {dimensions} dimensions")
     shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
     return name, shape, reader.number("<I"), reader.number("<Q")
 
@@ -150,10 +159,10 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, begin: int, size: int) 
     columns = shape[-1] if shape else 1
     row_bytes = row_size(dtype, columns)
     if not row_bytes and columns:
-        raise ValueError(f"tensor {name}: rows of {columns} values in blocks of {dtype}")
+        raise _Malformed("GGUF_SHAPE", f"tensor {name}: rows of {columns} values in blocks of {dtype}")
     end = begin + math.prod(shape[:-1]) * row_bytes
     if end > size:
-        raise ValueError(f"tensor {name} ends at byte {end} of {size}: the file is truncated")
+        raise _Malformed("GGUF_SHAPE", f"tensor {name} ends at byte {end} of {size}: the file is truncated")
     return Entry(name, dtype, shape, begin, end)
 
 

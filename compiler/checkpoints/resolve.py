@@ -16,6 +16,7 @@ from pathlib import Path
 from compiler.checkpoints.files import FolderAssets, read_json, sha256_file, sha256_parts
 from compiler.checkpoints.packed import config_files, unpacked
 from compiler.checkpoints.safetensors import file_tensors, sharded_tensors
+from compiler.checkpoints.strict import check_files, check_tokenizer, safe_config
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import CheckpointError
 
@@ -143,14 +144,16 @@ def open_folder(folder: Path, origin: str, weights: str | None = None) -> Checkp
         path = folder / weights if weights else _single_file(folder)
         tensors, files = file_tensors(path), [path]
     names = tuple(name for name in ASSETS if (folder / name).is_file())
+    check_files(folder, [*(str(path.relative_to(folder)) for path in files), "config.json", *names])
+    config = safe_config(read_json(config_path, "the model's config"), str(config_path))
 
     def digest() -> str:
         small = ["config.json", *names]
         paths = [*files, *(folder / name for name in small), *config_files(folder)]
         return sha256_parts({str(path.relative_to(folder)): sha256_file(path) for path in paths})
 
-    weights_of, config = unpacked(tensors, read_json(config_path, "the model's config"), folder, origin)
-    return Checkpoint(weights_of, config, FolderAssets(folder, names), origin, digest)
+    weights_of, plain = unpacked(tensors, config, folder, origin)
+    return Checkpoint(weights_of, plain, FolderAssets(folder, names), origin, digest)
 
 
 def _single_file(folder: Path) -> Path:
@@ -187,13 +190,16 @@ def _pickle_refused(path: Path) -> CheckpointError:
         expected="safetensors",
         found="a pickle, which runs code when it is opened: refused",
         remedy="convert it to safetensors in a sandbox (load with torch weights_only=True, save with save_pretrained) or ask for a safetensors copy",
+        code="PICKLE_REFUSED",
     )
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> bytes:
-    """tokenizer.json of the checkpoint. Raises CheckpointError when it is missing: merging needs none, exporting does."""
+    """tokenizer.json of the checkpoint. Raises CheckpointError when it is missing (merging needs none, exporting does) or breaks a rule of `strict`."""
     if "tokenizer.json" in checkpoint.assets:
-        return checkpoint.assets["tokenizer.json"]
+        data, rows = checkpoint.assets["tokenizer.json"], checkpoint.config.get("vocab_size")
+        check_tokenizer(data, rows if isinstance(rows, int) else None, f"{checkpoint.origin}: tokenizer.json")
+        return data
     slow = [name for name in SLOW_TOKENIZERS if name in checkpoint.assets]
     found = f"only {', '.join(slow)}" if slow else "no tokenizer file"
     remedy = "put tokenizer.json beside the weights"

@@ -15,16 +15,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index as whole
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compiler.checkpoints.files import file_size, read_at, read_json
+from compiler.checkpoints.files import Stamp, file_size, read_at, read_json, stamp
 from compiler.checkpoints.view import TensorView
 from compiler.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100 << 20
+MOST_TENSORS = 200_000
+MAGICS = ((b"PK\x03\x04", "an archive"), (b"\x80\x02", "a pickle"), (b"\x80\x03", "a pickle"), (b"\x80\x04", "a pickle"), (b"\x80\x05", "a pickle"))
 AGAIN = "copy or download the file again"
 
 # name -> numpy type of the stored bits; BF16 is read as uint16 and widened by a shift
@@ -56,6 +59,10 @@ class Span:
     end: int
 
 
+class _TwiceError(ValueError):
+    """A name that stands twice."""
+
+
 def widen(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Stored items -> float32 of the same shape. BF16: the bits are the upper half of a float32."""
     if dtype == "BF16":
@@ -70,9 +77,10 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     size = file_size(path)
     length = int(read_at(path, 0, 8).view("<u8")[0]) if size >= 8 else 0
     if size < 8 or length > min(size - 8, HEADER_LIMIT_BYTES):
-        found = f"a header of {length} bytes in a file of {size}" if size >= 8 else f"{size} bytes"
-        raise CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=AGAIN)
+        raise _no_header(path, length, size)
     text = read_at(path, 8, length).tobytes()
+    if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:  # counted before they become objects
+        raise CheckpointError(str(path), expected=f"at most {MOST_TENSORS} tensors", found=f"{count}", remedy="this is no model", code="LIMIT_TENSORS")
     entries, metadata = _parse(path, text)
     start = 8 + length
     spans = {name: _span(path, name, entry, start) for name, entry in entries.items()}
@@ -80,11 +88,23 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     return spans, metadata
 
 
+def _no_header(path: Path, length: int, size: int) -> CheckpointError:
+    """A pickle or an archive under this name is told as what it is: its first bytes make no length that could be."""
+    if size < 8:
+        return CheckpointError(str(path), expected="a whole safetensors file", found=f"{size} bytes", remedy=AGAIN, code="ST_HEADER_SMALL")
+    start = read_at(path, 0, 8).tobytes()
+    if kind := next((kind for magic, kind in MAGICS if start.startswith(magic)), ""):
+        found, remedy = f"{kind} under this name: refused", "ask for a safetensors copy"
+        return CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=remedy, code="MAGIC_MISMATCH")
+    found = f"a header of {length} bytes in a file of {size}"
+    return CheckpointError(str(path), expected="a whole safetensors file", found=found, remedy=AGAIN, code="ST_HEADER_LENGTH")
+
+
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a name stands twice")
+            raise _TwiceError("a name stands twice")
         return result
 
     try:
@@ -92,25 +112,34 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
             raise ValueError(f"starts with {text[:1]!r}, not with {{")
         entries = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), expected="a safetensors header in JSON", found=str(error), remedy=AGAIN) from error
+        code = "ST_DUPLICATE" if isinstance(error, _TwiceError) else "ST_HEADER_JSON"
+        raise CheckpointError(str(path), expected="a safetensors header in JSON", found=str(error)[:200], remedy=AGAIN, code=code) from error
     metadata = entries.pop("__metadata__", None) or {}
-    return entries, {str(key): str(value) for key, value in dict(metadata).items()}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(str(path), expected="__metadata__ of names and texts", found=type(metadata).__name__, remedy=AGAIN, code="ST_HEADER_JSON")
+    return entries, {str(key): str(value) for key, value in metadata.items()}
 
 
 def _span(path: Path, name: str, entry: Any, start: int) -> Span:
     place = f"{path}: {name}"
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(whole(n) for n in entry["shape"])
+        begin, end = (whole(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(place, expected="dtype, shape and data_offsets", found=str(entry)[:80], remedy=AGAIN) from error
+        raise CheckpointError(place, expected="dtype, shape and data_offsets", found=str(entry)[:80], remedy=AGAIN, code="ST_HEADER_JSON") from error
     if dtype not in STORED:
         raise CheckpointError(
-            place, expected=f"one of {', '.join(STORED)}", found=dtype, remedy="save the checkpoint in float32, float16 or bfloat16 before compiling it"
+            place,
+            expected=f"one of {', '.join(STORED)}",
+            found=dtype,
+            remedy="save the checkpoint in float32, float16 or bfloat16 before compiling it",
+            code="ST_DTYPE",
         )
     bytes_needed = math.prod(shape) * STORED[dtype].itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != bytes_needed:
-        raise CheckpointError(place, expected=f"{bytes_needed} bytes for {dtype} {list(shape)}", found=f"data_offsets {begin} to {end}", remedy=AGAIN)
+        raise CheckpointError(
+            place, expected=f"{bytes_needed} bytes for {dtype} {list(shape)}", found=f"data_offsets {begin} to {end}", remedy=AGAIN, code="ST_SHAPE"
+        )
     return Span(dtype, shape, start + begin, start + end)
 
 
@@ -118,21 +147,18 @@ def _check_cover(path: Path, spans: Mapping[str, Span], start: int, size: int) -
     reached = start
     for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
         if span.begin != reached:
-            kind = "overlaps its neighbour" if span.begin < reached else "leaves a hole before it"
-            raise CheckpointError(f"{path}: {name}", expected=f"data from byte {reached}", found=f"{span.begin}: it {kind}", remedy=AGAIN)
+            kind, code = ("overlaps its neighbour", "ST_OVERLAP") if span.begin < reached else ("leaves a hole before it", "ST_NOT_COVERED")
+            raise CheckpointError(f"{path}: {name}", expected=f"data from byte {reached}", found=f"{span.begin}: it {kind}", remedy=AGAIN, code=code)
         reached = span.end
     if reached != size:
-        kind = "the file is truncated" if size < reached else "bytes follow the last tensor"
-        raise CheckpointError(str(path), expected=f"{reached} bytes", found=f"{size}: {kind}", remedy=AGAIN)
+        kind, code = ("the file is truncated", "ST_TRUNCATED") if size < reached else ("bytes follow the last tensor", "ST_NOT_COVERED")
+        raise CheckpointError(str(path), expected=f"{reached} bytes", found=f"{size}: {kind}", remedy=AGAIN, code=code)
 
 
 def file_tensors(path: Path) -> dict[str, TensorView]:
-    """The tensors of one safetensors file. Raises CheckpointError."""
-    return {name: _view(path, name, span) for name, span in read_header(path)[0].items()}
-
-
-def _view(path: Path, name: str, span: Span) -> TensorView:
-    return TensorView(name, span.shape, span.dtype, StoredRows(path, span))
+    """The tensors of one safetensors file. Raises CheckpointError, also while reading, when the file is no longer the one whose header was read."""
+    seen = stamp(path)
+    return {name: TensorView(name, span.shape, span.dtype, StoredRows(path, span, seen)) for name, span in read_header(path)[0].items()}
 
 
 @dataclass(frozen=True)
@@ -141,6 +167,7 @@ class StoredRows:
 
     path: Path
     span: Span
+    seen: Stamp | None = None
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         bits = self._bits(start, stop).view(STORED[self.span.dtype])
@@ -151,7 +178,7 @@ class StoredRows:
 
     def _bits(self, start: int, stop: int) -> np.ndarray:
         row_bytes = math.prod(self.span.shape[1:]) * STORED[self.span.dtype].itemsize
-        return read_at(self.path, self.span.begin + start * row_bytes, (stop - start) * row_bytes)
+        return read_at(self.path, self.span.begin + start * row_bytes, (stop - start) * row_bytes, self.seen)
 
 
 def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:
@@ -161,14 +188,20 @@ def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:
     """
     weight_map = read_json(index, "the shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(str(index), expected="a weight_map of tensor name to file", found=type(weight_map).__name__, remedy="restore the index file")
+        raise CheckpointError(
+            str(index), expected="a weight_map of tensor name to file", found=type(weight_map).__name__, remedy="restore the index file", code="INDEX_MISMATCH"
+        )
     shards = {str(file): _shard(index, str(file)) for file in dict.fromkeys(weight_map.values())}
     tensors: dict[str, TensorView] = {}
     for file, found in shards.items():
         wanted = {name for name, where in weight_map.items() if where == file}
         for name in sorted(wanted - found.keys()):
             raise CheckpointError(
-                f"{index}: {name}", expected=f"the tensor in {file}", found="no such tensor there", remedy="download index and shards again, from one revision"
+                f"{index}: {name}",
+                expected=f"the tensor in {file}",
+                found="no such tensor there",
+                remedy="download index and shards again, from one revision",
+                code="INDEX_MISMATCH",
             )
         for name in sorted(found.keys() - wanted):
             raise CheckpointError(
@@ -176,6 +209,7 @@ def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:
                 expected=f"every tensor of {file} in the index",
                 found="this one is not",
                 remedy="download index and shards again, from one revision",
+                code="INDEX_MISMATCH",
             )
         tensors.update(found)
     return tensors, [index.parent / file for file in shards]
@@ -184,7 +218,7 @@ def sharded_tensors(index: Path) -> tuple[dict[str, TensorView], list[Path]]:
 def _shard(index: Path, file: str) -> dict[str, TensorView]:
     path = index.parent / file
     if Path(file).name != file or not file.endswith(".safetensors"):
-        raise CheckpointError(str(index), expected="shards beside the index", found=repr(file), remedy="restore the index file")
+        raise CheckpointError(str(index), expected="shards beside the index", found=repr(file), remedy="restore the index file", code="INDEX_PATH")
     if not path.is_file():
-        raise CheckpointError(str(path), expected="a shard that the index names", found="no such file", remedy="download the missing shard")
+        raise CheckpointError(str(path), expected="a shard that the index names", found="no such file", remedy="download the missing shard", code="INDEX_PATH")
     return file_tensors(path)

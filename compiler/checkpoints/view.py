@@ -8,11 +8,13 @@ memory is a block, not a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from compiler.errors import CheckpointError
 
 if TYPE_CHECKING:
     from compiler.checkpoints.coded import Coded
@@ -64,6 +66,28 @@ class TensorView:
 
 
 @dataclass(frozen=True)
+class FiniteRows:
+    """The same rows, refused where one is NaN or infinite."""
+
+    view: TensorView
+    origin: str
+
+    @property
+    def coded(self) -> Coded | None:
+        return self.view.coded
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        block = self.view.rows(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = block.sum()
+        if not np.isfinite(total) and (bad := int((~np.isfinite(block)).sum())):  # a finite sum has no NaN or infinity in it
+            found = f"NaN or infinity: {bad} among rows {start} to {stop - 1}"
+            remedy = "find out what broke the model: no metric of it would mean anything"
+            raise CheckpointError(f"{self.origin}: {self.view.name}", expected="finite weights", found=found, remedy=remedy, code="WEIGHT_NONFINITE")
+        return block
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model: lazy tensors, its config, and the small files that travel with it.
 
@@ -83,6 +107,10 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         return self.digest_of()
+
+    def finite(self) -> Checkpoint:
+        """The same model, whose rows raise CheckpointError where one is NaN or infinite."""
+        return replace(self, tensors={name: replace(view, rows=FiniteRows(view, self.origin)) for name, view in self.tensors.items()})
 
     @cached_property
     def parameter_count(self) -> int:

@@ -166,7 +166,9 @@ def narrow(block: np.ndarray, dtype: str, place: str) -> np.ndarray:
         overflow = ~np.isfinite(result) & np.isfinite(block) if dtype in FLOATS else np.zeros(1, bool)
     if overflow.any():
         largest = float(np.abs(block[overflow]).max())
-        raise OutputError(place, expected=f"values that fit {dtype}", found=f"{largest:g}, which becomes infinite", remedy="write it as fp32 or bf16")
+        raise OutputError(
+            place, expected=f"values that fit {dtype}", found=f"{largest:g}, which becomes infinite", remedy="write it as fp32 or bf16", code="MERGE_OVERFLOW"
+        )
     return result
 
 

@@ -148,5 +148,5 @@ def low_rank(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def wrong_delta(origin: str, expected: str, found: str, remedy: str) -> DeltaError:
-    return DeltaError(origin, expected=expected, found=found, remedy=remedy)
+def wrong_delta(origin: str, expected: str, found: str, remedy: str, code: str = "") -> DeltaError:
+    return DeltaError(origin, expected=expected, found=found, remedy=remedy, code=code)

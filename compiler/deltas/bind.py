@@ -60,10 +60,10 @@ def _check_digest(base: Checkpoint, delta: Delta) -> None:
     """The base is the one the delta was made from, or the one that the user names by its digest in that one's place."""
     if delta.accept_base and delta.accept_base != base.digest:
         remedy = "name the digest of the base that this delta is to be merged into"
-        raise wrong_delta(delta.origin, f"the base that accept_base names, {delta.accept_base}", base.digest, remedy)
+        raise wrong_delta(delta.origin, f"the base that accept_base names, {delta.accept_base}", base.digest, remedy, "ADAPTER_BASE")
     if delta.base_digest and delta.base_digest != base.digest and not delta.accept_base:
         remedy = f"compile it with the base it names; to accept this one in its place, write accept_base: {base.digest}"
-        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], remedy)
+        raise wrong_delta(delta.origin, f"the base it was made from, {delta.base_digest[:12]}", base.digest[:12], remedy, "ADAPTER_BASE")
 
 
 def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, Bound]]:
@@ -96,6 +96,7 @@ def _bind(base: Checkpoint, names: Names, delta: Delta) -> Iterator[tuple[str, B
                 f"a base tensor of shape [{', '.join('any' if size == ANY else str(size) for size in edit.shape)}]",
                 f"{list(shape)} in {base.origin}: the adapter is for another base",
                 _trained_on(delta),
+                "ADAPTER_BASE",
             )
         yield name, Bound(delta, edit, transposed)
 
@@ -111,7 +112,7 @@ def _selected(delta: Delta, edits: Sequence[tuple[str, Bound]], select: Selectio
     scaled = [(name, replace(one, factor=own.factor(module, select.factor(module)))) for name, module, one in kept]
     for name, one in scaled:
         if not math.isfinite(one.weight):
-            raise wrong_delta(f"{delta.origin}: {name}", "a finite weight", f"{delta.weight} x {one.factor}", "choose smaller ones")
+            raise wrong_delta(f"{delta.origin}: {name}", "a finite weight", f"{delta.weight} x {one.factor}", "choose smaller ones", "ADAPTER_SCALE")
     return scaled
 
 
@@ -151,7 +152,7 @@ def _unmatched(base: Checkpoint, names: Names, delta: Delta, lost: Sequence[str]
     hint = f"nearest to {lost[0]}: {', '.join(near)}; " if near else ""
     some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     part = "nothing matches" if len(lost) == total else f"{len(lost)} of {total} keys match nothing"
-    return wrong_delta(delta.origin, f"parameters of {base.origin}", f"{part}: {some}", hint + _trained_on(delta))
+    return wrong_delta(delta.origin, f"parameters of {base.origin}", f"{part}: {some}", hint + _trained_on(delta), "ADAPTER_UNMATCHED")
 
 
 def _check_depth(base: Checkpoint, delta: Delta, touched: Sequence[str]) -> None:

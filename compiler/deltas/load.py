@@ -58,11 +58,13 @@ def load_delta(
     Only headers and a scan for NaN and infinity are read here; factors are read again when a merge asks for rows.
     """
     if not math.isfinite(weight):
-        raise DeltaError(source, expected="a finite weight", found=repr(weight), remedy="correct deltas.weight in the recipe")
+        raise DeltaError(source, expected="a finite weight", found=repr(weight), remedy="correct deltas.weight in the recipe", code="ADAPTER_SCALE")
     try:
         return replace(_load(locate(source, relative_to), source, weight), name=name, select=select, accept_base=accept_base)
     except CheckpointError as error:
-        raise DeltaError(error.place, expected=error.expected, found=error.found, remedy=error.remedy) from error
+        raise DeltaError(
+            error.place, expected=error.expected, found=error.found, remedy=error.remedy, code=error.code if error.code != CheckpointError.code else ""
+        ) from error
 
 
 def _load(path: Path, source: str, weight: float) -> Delta:
@@ -122,6 +124,7 @@ def _no_weights(folder: Path, source: str) -> DeltaError:
             expected="adapter_model.safetensors",
             found="a pickle, which runs code when it is opened: refused",
             remedy="convert it in a sandbox (PeftModel.save_pretrained writes safetensors) or ask for a safetensors copy",
+            code="PICKLE_REFUSED",
         )
     return DeltaError(source, expected="adapter_model.safetensors", found="none", remedy="save the adapter with PEFT's save_pretrained")
 

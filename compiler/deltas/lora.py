@@ -38,6 +38,7 @@ NOT_BUILT: Mapping[str, str] = {
 }
 # These start by taking the factors out of the base, so A and B fit a base that is nowhere stored
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LARGEST = 1e9  # rank or alpha; NaN is not at most this
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def _factors(adapter: Adapter, module: str, parts: Parts) -> Factors:
     check_pair(place, a, b)
     if a.shape[0] == 0:
         raise wrong_delta(
-            place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter"
+            place,
+            "a rank of at least 1",
+            f"A {list(a.shape)}, B {list(b.shape)}",
+            "gather sharded weights (ZeRO-3, FSDP) before saving the adapter",
+            "ADAPTER_SHAPE",
         )
     magnitude = parts.get("lora_magnitude_vector")
     if (magnitude is not None) != bool(adapter.config.get("use_dora")):
@@ -99,17 +104,33 @@ def check_pair(place: str, a: TensorView, b: TensorView) -> None:
         raise wrong_delta(place, "factors of two dimensions (linear, Conv1D or embedding)", shapes, "convolutions are not built yet: merge with PEFT")
     if a.shape[1] == 0 or b.shape[0] == 0:
         raise wrong_delta(
-            place, "a rank of at least 1", f"A {list(a.shape)}, B {list(b.shape)}", "gather sharded weights (ZeRO-3, FSDP) before saving the adapter"
+            place,
+            "a rank of at least 1",
+            f"A {list(a.shape)}, B {list(b.shape)}",
+            "gather sharded weights (ZeRO-3, FSDP) before saving the adapter",
+            "ADAPTER_SHAPE",
         )
     if a.shape[0] != b.shape[1]:
-        raise wrong_delta(place, "one rank in A and B", f"A {list(a.shape)}, B {list(b.shape)}", "save the adapter again: its halves belong to different runs")
+        raise wrong_delta(
+            place,
+            "one rank in A and B",
+            f"A {list(a.shape)}, B {list(b.shape)}",
+            "save the adapter again: its halves belong to different runs",
+            "ADAPTER_SHAPE",
+        )
 
 
 def scale_of(module: str, config: Mapping[str, Any]) -> tuple[float, int]:
     """(s, r) of a module by the rules at the top: {"r": 8, "lora_alpha": 16} -> (2.0, 8)."""
     rank = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank)) if rank else 0.0, int(rank)
+    for name, value in (("r", rank), ("lora_alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+            code = "ADAPTER_SHAPE" if name == "r" else "ADAPTER_SCALE"
+            raise wrong_delta(
+                f"adapter_config.json: {name} of {module}", f"a number of at most {LARGEST:.0e}", repr(value)[:60], "correct adapter_config.json", code
+            )
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank)) if rank > 0 else 0.0, int(rank)
 
 
 def _edits(adapter: Adapter, factors: Factors) -> list[Edit]:

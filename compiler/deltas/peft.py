@@ -7,10 +7,11 @@ tensors of the file are whole tensors that replace the base's (`modules_to_save`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from re import _parser as re_parser  # type: ignore[attr-defined]  # what `re` itself reads patterns with; no public name
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ Whole = Callable[[TensorView], np.ndarray]  # reads a factor, and keeps the last
 Parts = Mapping[str, TensorView]
 
 PREFIX = "base_model.model."
+PATTERN_LIMIT, MOST_REPEATS = 500, 4  # characters, repeats of one pattern
 FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")  # the last one, where it is there, names a head's labels
 SAVE_AGAIN = "save the adapter again: a part of it is missing"
 
@@ -133,7 +135,11 @@ def check_finite(origin: str, views: Iterable[TensorView]) -> None:
             if not np.isfinite(block).all():
                 bad = int(block.size - np.isfinite(block).sum())
                 raise wrong_delta(
-                    f"{origin}: {view.name}", "finite numbers", f"{bad} NaN or infinite from row {first}", "train the adapter again: this one diverged"
+                    f"{origin}: {view.name}",
+                    "finite numbers",
+                    f"{bad} NaN or infinite from row {first}",
+                    "train the adapter again: this one diverged",
+                    "ADAPTER_NONFINITE",
                 )
 
 
@@ -151,24 +157,59 @@ def check_rank(place: str, said: int, rank: int) -> None:
     """Raises DeltaError when the weights are not of the rank, 1 or more, that adapter_config.json says."""
     if said < 1 or rank < 1:
         found = f"r {said} in adapter_config.json" if said < 1 else "0 in the weights"
-        raise wrong_delta(place, "a rank of at least 1", found, "correct r in adapter_config.json")
+        raise wrong_delta(place, "a rank of at least 1", found, "correct r in adapter_config.json", "ADAPTER_SHAPE")
     if said != rank:
         remedy = "put the adapter_config.json of this training run beside its weights"
-        raise wrong_delta(place, f"rank {said} as adapter_config.json says", f"rank {rank} in the weights", remedy)
+        raise wrong_delta(place, f"rank {said} as adapter_config.json says", f"rank {rank} in the weights", remedy, "ADAPTER_SHAPE")
 
 
-def misfit(place: str, expected: str, parts: Parts) -> DeltaError:
+def misfit(place: str, expected: str, parts: Parts, code: str = "ADAPTER_SHAPE") -> DeltaError:
     """The error for parts of one module whose shapes do not go together."""
     shapes = ", ".join(f"{name} {list(view.shape)}" for name, view in parts.items())
-    return wrong_delta(place, expected, shapes, "save the adapter again: its parts belong to different runs, or to a convolution, which is not built")
+    return wrong_delta(place, expected, shapes, "save the adapter again: its parts belong to different runs, or to a convolution, which is not built", code)
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern p for which `(.*\\.)?(p)$` matches the module's name."""
+    """The value of the first pattern p for which `(.*\\.)?(p)$` matches the module's name. Raises DeltaError for a pattern that is none, or too slow."""
     for pattern, value in (patterns or {}).items():
+        _check_pattern(pattern)
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+@cache
+def _check_pattern(pattern: str) -> None:
+    """A pattern comes with the adapter. Repeats within repeats, `(a+)+`, take time exponential in the name's length; many in a row a high power of it."""
+    place, remedy = f"adapter_config.json: pattern {pattern[:80]!r}", "write out the modules' names"
+    try:
+        repeats = _repeats(re_parser.parse(pattern), 0) if len(pattern) <= PATTERN_LIMIT else [0] * PATTERN_LIMIT
+    except (re.error, RecursionError, OverflowError) as error:
+        raise wrong_delta(place, "a regular expression", str(error), remedy, "REGEX_LIMIT") from error
+    if len(repeats) > MOST_REPEATS or max(repeats, default=0) > 0:
+        raise wrong_delta(place, f"at most {MOST_REPEATS} repeats, none in another", "a pattern that may take for ever", remedy, "REGEX_LIMIT")
+
+
+def _repeats(parsed: Any, depth: int) -> list[int]:
+    """For each unbounded repeat of a parsed pattern, in how many others it stands: `(a+)+b*` -> [0, 1, 0]."""
+    found: list[int] = []
+    for operator, argument in parsed:
+        repeats = str(operator) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+        if repeats and argument[1] > 1:
+            found.append(depth)
+        inner = depth + 1 if repeats and argument[1] > 1 else depth
+        for part in _parts_of(argument):
+            found += _repeats(part, inner)
+    return found
+
+
+def _parts_of(argument: Any) -> Iterator[Any]:
+    """The patterns within one parsed operator."""
+    if isinstance(argument, re_parser.SubPattern):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for part in argument:
+            yield from _parts_of(part)
 
 
 def _tokens(adapter: Adapter, name: str, view: TensorView) -> Edit:

@@ -76,9 +76,9 @@ def _own_edit(
     parts = {part: tensors[f"{name}.{part}"] for part in ("indices", "values") if f"{name}.{part}" in tensors}
     indices, values = need(place, parts, "indices", "values")
     if indices.dtype not in ("I32", "I64") or values.dtype not in FLOATS:
-        raise wrong_delta(place, "int32 or int64 indices and float values", f"{indices.dtype} and {values.dtype}", AGAIN)
+        raise wrong_delta(place, "int32 or int64 indices and float values", f"{indices.dtype} and {values.dtype}", AGAIN, "SPARSE_SHAPE")
     if len(indices.shape) != 1 or indices.shape != values.shape:
-        raise misfit(place, "one value for each index", parts)
+        raise misfit(place, "one value for each index", parts, "SPARSE_SHAPE")
     positions, _ = kept(indices, values)
     check_positions(place, positions, math.prod(shape))
     return Edit(name, shape, scatter(lambda: kept(indices, values)))
@@ -101,7 +101,7 @@ def check_positions(place: str, positions: np.ndarray, size: int) -> None:
         return
     if positions[0] < 0 or positions[-1] >= size or (np.diff(positions) <= 0).any():
         found = f"{positions.min()} to {positions.max()}" + ("" if (np.diff(positions) > 0).all() else ", not ascending or repeated")
-        raise wrong_delta(place, f"strictly ascending indices from 0 to {size - 1}", found, AGAIN)
+        raise wrong_delta(place, f"strictly ascending indices from 0 to {size - 1}", found, AGAIN, "SPARSE_INDEX")
 
 
 def scatter(entries: Entries) -> Change:

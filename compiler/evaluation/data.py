@@ -82,19 +82,19 @@ def load_rows(path: Path | None, limit: int | None = None, place: str = "evaluat
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{place}: {path}", expected="UTF-8 text", found=f"a bad byte at {error.start}", remedy="convert it") from error
+        raise RecipeError(f"{place}: {path}", expected="UTF-8 text", found=f"a bad byte at {error.start}", remedy="convert it", code="DATA_TEXT") from error
     if path is None or path.suffix not in (".jsonl", ".json"):
         return EvaluationSet((Row(text=text),), digest, origin)
     rows = [_row(line, f"{path.name}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
-        raise RecipeError(f"{place}: {path}", expected="at least one row", found="none", remedy="write one JSON object a line")
+        raise RecipeError(f"{place}: {path}", expected="at least one row", found="none", remedy="write one JSON object a line", code="DATA_EMPTY")
     return EvaluationSet(tuple(rows[:limit]), digest, origin)
 
 
 def _row(line: str, place: str) -> Row:
     def bad(found: str) -> RecipeError:
         expected = '{"messages": [...]}, {"text": ..., "label": ...} or another form'
-        return RecipeError(place, expected=expected, found=found, remedy="see docs/evaluation.md")
+        return RecipeError(place, expected=expected, found=found, remedy="see docs/evaluation.md", code="DATA_TEXT")
 
     if len(line) > ROW_LIMIT_BYTES:
         raise bad(f"a line of {len(line)} characters")

@@ -57,6 +57,6 @@ def token_windows(rows: EvaluationSet, checkpoint: Checkpoint, count: int = WIND
         ids += [*chat.tokenizer.encode(text or "", add_special_tokens=False).ids, *chat.eos_ids[:1]]
     length = min(length, len(ids), int(checkpoint.config.get("max_position_embeddings") or length))
     if length < 64:
-        raise RecipeError("quantize.calibration", expected="at least 64 tokens of text", found=f"{length}", remedy="give more text")
+        raise RecipeError("quantize.calibration", expected="at least 64 tokens of text", found=f"{length}", remedy="give more text", code="DATA_EMPTY")
     windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)]

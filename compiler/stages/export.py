@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.checkpoints.files import plain_json
 from compiler.checkpoints.view import Checkpoint
 from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import ENCODER_SCHEMES, Scheme, Schemes, matrix_name, parse_scheme
@@ -92,6 +93,19 @@ def _refuse_dynamic(schemes: list[Scheme]) -> None:
         )
 
 
+def try_small_files(checkpoint: Checkpoint) -> None:
+    """Chat template and tokenizer at work in a limited process, before anything here runs them. Raises CheckpointError or BundleError."""
+    from runtimes.trial import try_files
+
+    settings = plain_json(checkpoint.assets.get("tokenizer_config.json", b"{}"), f"{checkpoint.origin}: tokenizer_config.json", "the tokenizer's config")
+    template = checkpoint.assets.get("chat_template.jinja", b"").decode("utf-8", "replace") or settings.get("chat_template") or ""
+    if not isinstance(template, str):
+        template = next((str(part.get("template")) for part in template if isinstance(part, dict) and part.get("name") == "default"), "")
+    named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if isinstance(settings.get(key), str)}
+    tokenizer = checkpoint.assets.get("tokenizer.json", b"").decode("utf-8", "replace")
+    try_files(template, named, tokenizer, checkpoint.origin)
+
+
 def export(
     checkpoint: Checkpoint, options: Mapping[str, Any], directory: Path, report: Report, codes: Path | None = None, tenants: Sequence[Tenant] = ()
 ) -> dict[str, Any]:
@@ -106,6 +120,7 @@ def export(
     from compiler.graph.lint import require_clean
 
     require_tokenizer(checkpoint)
+    checkpoint = checkpoint.finite()
     schemes = schemes_in(options)
     with writing(directory):
         if options["road"] == DECODER:

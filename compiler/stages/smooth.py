@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,11 @@ def smoothed_sources(sources: Sources, step: Step, store: Store, rows: Evaluatio
     if place is None:
         from compiler.quantizers.windows import token_windows
 
-        schemes = Schemes(parse_scheme(step.params["scheme"]), {pattern: parse_scheme(text) for pattern, text in step.params["layers"].items()})
-        scales = smoothing(sources.merged, token_windows(rows, sources.merged, WINDOWS), schemes, step.params["method"], report)
-        with store.make(step.key) as work:
+        def fill(work: Path) -> None:
+            schemes = Schemes(parse_scheme(step.params["scheme"]), {pattern: parse_scheme(text) for pattern, text in step.params["layers"].items()})
+            scales = smoothing(sources.merged, token_windows(rows, sources.merged, WINDOWS), schemes, step.params["method"], report)
             np.savez(work / FILE, **scales)  # type: ignore[arg-type]  # numpy's own `allow_pickle` is not among the names
-        place = store.place(step.key)
+
+        place = store.obtain(step.key, fill, step.named)
     with np.load(place / FILE) as stored:
         return replace(sources, scales={name: stored[name] for name in stored.files})
