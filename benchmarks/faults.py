@@ -249,7 +249,7 @@ FAULTS = {
     **{name: ("MiniLM", "fp32", fault) for name, fault in ENCODER.items()},
 }
 HEALTHY = (
-    *(("SmolLM2", scheme) for scheme in ("int4-g32-asym", "int4-g64", "int8-g32", "int8-rows", "fp16", "fp32")),
+    *(("SmolLM2", scheme) for scheme in ("int4-g32-asym", "int4-g64", "int8-g32", "int8-g64", "fp16", "fp32")),
     *(("MiniLM", scheme) for scheme in ("fp32", "fp16", "int8", "int4-g32-asym")),
 )
 
