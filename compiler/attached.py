@@ -17,6 +17,7 @@ from compiler.deltas.attach import products
 from compiler.deltas.base import wrong_delta
 from compiler.errors import RecipeError
 from compiler.graph.adapters import Tenant
+from compiler.scheme import matrix_name
 from compiler.sources import Sources
 from compiler.stages import package
 from runtimes.bench import BenchOptions, measure_in_child
@@ -52,6 +53,19 @@ def check(sources: Sources, options: Mapping[str, Any]) -> None:
 def predicted_bytes(sources: Sources) -> int:
     """Bytes of all adapter files, but for their headers: A [k, r] and B [r, n] in float32, by tensor."""
     return sum(4 * sum(side.size for side in product()) for tenant in tenants(sources) for product in tenant.products.values())
+
+
+def ranks(sources: Sources) -> dict[str, int]:
+    """Fused matrix -> rank of the products beside it, of the tenant with the largest products; {} where all deltas are merged."""
+    found: list[tuple[int, dict[str, int]]] = []
+    for tenant in tenants(sources):
+        size, beside = 0, dict[str, int]()
+        for tensor, product in tenant.products.items():
+            left, right = product()
+            name = matrix_name(tensor, sources.merged.config) or tensor.removesuffix(".weight")
+            size, beside[name] = size + left.size + right.size, beside.get(name, 0) + right.shape[0]
+        found.append((size, beside))
+    return max(found, key=lambda row: row[0])[1] if found else {}
 
 
 def heaviest(model: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ from compiler.store import Store
 from compiler.workload import MatrixUse, matrices, workload
 from targets.errors import TargetError
 from targets.kernels import Point
-from targets.predict import Clock, Conditions, predict
+from targets.predict import Clock, Conditions, Workload, predict
 from targets.profile import Profile
 from targets.table import KernelTable
 
@@ -157,7 +157,7 @@ class Chooser:
     def base(self) -> dict[str, float]:
         """What no choice changes: the figure of the whole model under DEFAULT less what the items then cost."""
         at = CHOICES.index(DEFAULT)
-        figures = predict(workload(self.merged.config, self.uses, True), self.profile).figures if self.timed else {}
+        figures = predict(self.work, self.profile).figures if self.timed else {}
         whole = {"tpot": figures["tpot_ms"].value, "ttft": figures["ttft_ms"].value, "peak_rss_mb": figures["peak_rss_mb"].value} if figures else {}
         rest = {name: value - float(self.costs[name][:, at].sum()) for name, value in whole.items()}
         vectors = sum(4 * view.size for view in self.merged.tensors.values() if len(view.shape) != 2)
@@ -179,14 +179,18 @@ class Chooser:
         return (use.resident_bytes + (use.bytes if twice else 0)) / 1e6
 
     @cached_property
+    def work(self) -> Workload:
+        return workload(self.merged.config, self.uses, True)
+
+    @cached_property
     def clock(self) -> Clock:
         return Clock(self.profile, KernelTable(self.profile.kernels))
 
     def _times(self, use: MatrixUse) -> tuple[float, float]:
         """(ms a token, ms a prompt) of one matrix under the usual conditions."""
         case, tokens = use.case(), Conditions().prompt_tokens
-        token = self.clock.us(case, Point(1)) / 1e3
-        return token, token if use.name == "lm_head" else self.clock.us(case, Point(tokens)) / 1e3
+        token = self.clock.matrix_us(self.work, case, Point(1)) / 1e3
+        return token, token if use.name == "lm_head" else self.clock.matrix_us(self.work, case, Point(tokens)) / 1e3
 
     def inside(self) -> dict[str, float]:
         """Rule 2: limits on the sum over items. Raises TargetError for a latency limit on a profile without a kernel table."""

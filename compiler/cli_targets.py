@@ -60,10 +60,11 @@ def targets_show(profile: str, as_json: bool) -> None:
 
 
 @targets_group.command("probe")
-@click.option("--seconds", type=click.FloatRange(5), default=60.0, show_default=True, help="Time budget.")
+@click.option("--seconds", type=click.FloatRange(5), default=75.0, show_default=True, help="Time budget.")
 @click.option("--out", type=click.Path(path_type=Path), help="Profile file to write as well, for other machines to plan with.")
+@click.option("--gpu/--no-gpu", default=None, help="Measure the GPU too, through onnxruntime's CUDA provider. Default: where that provider is there.")
 @AS_JSON
-def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
+def targets_probe(seconds: float, out: Path | None, gpu: bool | None, as_json: bool) -> None:
     """Measure this machine: bandwidth, arithmetic, and onnxruntime's own kernels. `here` knows the figures from then on.
 
     \b
@@ -72,7 +73,7 @@ def targets_probe(seconds: float, out: Path | None, as_json: bool) -> None:
     """
     from compiler.commands import probe_target
 
-    fields, places = probe_target(seconds, out, progress(as_json))
+    fields, places = probe_target(seconds, out, progress(as_json), gpu)
     if as_json:
         print_json(fields)
         return

@@ -168,14 +168,17 @@ def show_target(name: str) -> dict[str, Any]:
     return load_profile(name).as_dict()
 
 
-def probe_target(seconds: float, out: Path | None, progress: Progress) -> tuple[dict[str, Any], list[Path]]:
-    """Measure this machine; keep the profile for `here`, and write it to `out` too. Returns its fields and the files written."""
+def probe_target(seconds: float, out: Path | None, progress: Progress, gpu: bool | None = None) -> tuple[dict[str, Any], list[Path]]:
+    """Measure this machine; keep the profile for `here`, and write it to `out` too. Returns its fields and the files written.
+
+    gpu  measure the GPU as well; None: where onnxruntime runs on it
+    """
     from compiler.store import writing
     from targets.probe import probe
     from targets.profile import dump_profile, measured_place
 
     with progress.stage("probe", f"this machine, about {seconds:.0f} s"):
-        profile = probe(seconds, lambda item, done, total: progress.update(item, done, total))
+        profile = probe(seconds, lambda item, done, total: progress.update(item, done, total), gpu=gpu)
     places = [measured_place(profile.fingerprint), *([out] if out else [])]
     for place in places:
         with writing(place):

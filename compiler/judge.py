@@ -107,9 +107,8 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     small = confinement(profile)
     confined: dict[str, Any] = {"cores": small.cores, "core_threads": small.threads, "memory_bytes": small.memory_bytes}
     first = left()
-    options = BenchOptions(
-        limits=timed, seconds=min(MEASURE_SECONDS, first or MEASURE_SECONDS), max_seconds=first, threads=threads(profile), adapter=adapter, **confined
-    )
+    how = {"threads": threads(profile), "adapter": adapter, "spin_ms": (profile.spin_ms or 0.0) if profile.is_here else 0.0, **confined}
+    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, first or MEASURE_SECONDS), max_seconds=first, **how)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
@@ -153,6 +152,7 @@ def _gathered(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, re
         merged=known.merged,
         conditions=told,
         emulated=result.emulated,
+        crowded=next((one.crowded for one in every if one.crowded), ""),
     )
     counts = {f"{name}_ms": dropped[scene_of(name)] for name in series}
     document: dict[str, Any] = {f"{name}_ms": values for name, values in series.items()}

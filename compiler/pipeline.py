@@ -82,7 +82,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
-    row |= {"prediction": foresee(sources.merged, schemes, decoder, profile), "steps": plan.rows(store)}
+    row |= {"prediction": foresee(sources.merged, schemes, decoder, profile, attached.ranks(sources)), "steps": plan.rows(store)}
     return row | ({"chosen": chosen.as_dict()} if chosen else {})
 
 

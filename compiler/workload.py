@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,30 @@ def workload(config: Mapping[str, Any], uses: Sequence[MatrixUse], decoder: bool
     return _decoder(config, uses) if decoder else _encoder(config, uses)
 
 
+def with_adapter(work: Workload, ranks: Mapping[str, int], uses: Sequence[MatrixUse]) -> Workload:
+    """The same with one unmerged adapter that answers: y + (x A) B beside the matrices in `ranks`, A [k, rank] and B [rank, n] in float32."""
+    shapes = {use.name: use.shape for use in uses}
+    beside: list[Operator] = []
+    for name, rank in ranks.items():
+        out, into = shapes[name]
+        last = name == "lm_head"
+        beside += [Operator(Case("MatMul", 32, 0, k, n), last=last) for k, n in ((into, rank), (rank, out))]
+        beside.append(Operator(Case("Mul", 32, 0, out, 1), last=last))  # an Add of that width
+    size = sum(4 * operator.case.k * operator.case.n for operator in beside if operator.case.op == "MatMul")
+    stored, resident = work.stored_bytes + size, work.resident_bytes + size
+    return replace(work, operators=(*work.operators, *beside), stored_bytes=stored, resident_bytes=resident)
+
+
 def exported_workload(directory: Path) -> Workload:
     """Of an exported folder or a bundle, by its own list of matrices (export.json or report.json)."""
     listed = json.loads((directory / ("export.json" if (directory / "export.json").is_file() else "report.json")).read_text())
     config = json.loads((directory / "config.json").read_text())
     uses = [MatrixUse(row["name"], (row["shape"][0], row["shape"][1]), parse_scheme(row["scheme"])) for row in listed["layers"] if len(row["shape"]) == 2]
-    return workload(config, uses, listed["model"]["kind"] == "decoder")
+    work, adapters = workload(config, uses, listed["model"]["kind"] == "decoder"), listed["model"].get("adapters") or ()
+    if not adapters:
+        return work
+    largest = max(adapters, key=lambda row: row["parameters"])
+    return with_adapter(work, dict.fromkeys(largest["matrices"], largest["rank"]), uses)
 
 
 def _decoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:

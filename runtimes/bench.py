@@ -12,7 +12,7 @@ The protocol of the child process (`measure_in_child` is its other end). One JSO
      "dropped": 3, "windows": 40, "disturbed": 2, "spin_ms": 0.9, "seconds": 31.0, "looks": 1,
      "tests": [{"name": "ttft_p95_ms", "series": "ttft_ms", "outcome": "PASS", "samples": 104, "misses": 0, "false_pass": 0.0048,
                 "percentile": 95, "limit": 400, "confidence": 0.995, "estimate": ..., "lower": ..., "upper": ...}],
-     "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}}
+     "environment": {"cpu": ..., "onnxruntime": ..., "fingerprint": ..., ...}, "crowded": ""}
 
 Exit code 0. A user's mistake: {"error": {"kind": "BundleError", "code", "place", "expected", "found", "remedy"}} and exit code 1. With --progress, lines of
 JSON {"samples", "most", "seconds"} go to stderr, at most four a second. The verdict is the caller's: the exit code does not tell about limits.
@@ -67,6 +67,7 @@ class BenchOptions:
 
     seconds caps the time of samples that count, max_seconds that of all sampling, disturbed windows included (0: three times `seconds`).
     adapter  the unmerged adapter that answers, "" for none
+    spin_ms  what the reference kernel takes when this machine is quiet, by its profile; 0 where nobody knows
     """
 
     prompt_tokens: int = 128
@@ -81,6 +82,7 @@ class BenchOptions:
     seconds: float = 120.0
     max_seconds: float = 0.0
     adapter: str = ""
+    spin_ms: float = 0.0
     scene: str = "single"
     rate_per_s: float = 0.0
     concurrency: int = 1
@@ -138,6 +140,7 @@ class BenchResult:
     environment: Mapping[str, Any]
     load_peak_rss_mb: float = 0.0
     emulated: str = ""
+    crowded: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -174,6 +177,7 @@ def measure(directory: Path, options: BenchOptions, report: Callable[[int, int, 
         environment=environment(),
         load_peak_rss_mb=load_peak / 1e6,
         emulated=options.emulated,
+        crowded=samples.crowded,
     )
 
 
@@ -185,7 +189,7 @@ def _sampled(call: Call, options: BenchOptions, settings: SessionSettings, repor
         return Samples({"cold_start_ms": (took,)}, 0, 1, 0, 0.0, took / 1e3, 0, ()), {}
     limits = options.parsed_limits()
     budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
-    with Spin(settings.resolved_threads()) as spin:
+    with Spin(settings.resolved_threads(), known_ms=options.spin_ms) as spin:
         if options.scene == "server":
             samples, utilisation = open_loop(call, Load(options.rate_per_s, options.concurrency, options.seed), limits, budget, spin, report)
             return samples, {"utilisation": round(utilisation, 3)}

@@ -5,6 +5,8 @@
    (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing may be told after 4 samples, passing needs what the percentile needs.
 3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE. Calls and time of dropped windows do
    not count, until they are twice what the caps allow: a busy machine measures longer, but not for ever.
+4. Company that is there all the time shows in no window (`Spin.crowded`). It only ever adds time, so a PASS beside it stands; a FAIL stands when the limit
+   is missed even by latencies CROWDED times shorter, else it becomes INCONCLUSIVE.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from targets.spin import Spin
 FIRST_FAIL_LOOK = 24
 FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
 DEPENDENCE_ROOM = 1.25  # times the fewest samples that can pass: even independent ones look a little dependent, and the next look is at twice as many
+CALIBRATIONS = 9
+CROWDED = 8.0  # two threads that share two processors with three others and wait for each other lose less
 BUSY_FACTOR = 3  # times the caps, dropped windows included
 WARMUP_MOST = 8
 WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
@@ -66,6 +70,7 @@ class Samples:
     spin_ms       baseline of the reference kernel
     looks         most looks that one limit had at a PASS: whoever judges the samples again does so at look_confidence(looks); 0 without limits
     tests         one per limit, at the confidence that its last look had
+    crowded       why a FAIL was not believed (rule 4), "" where no company was seen
     """
 
     values: Mapping[str, tuple[float, ...]]
@@ -76,6 +81,7 @@ class Samples:
     seconds: float
     looks: int
     tests: tuple[tuple[Limit, PercentileTest], ...]
+    crowded: str = ""
 
 
 class Question:
@@ -108,6 +114,14 @@ class Question:
             self.looks, self._next_pass = self.looks + 1, 2 * self._next_pass
             self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
 
+    def beside(self, crowded: str, values: Sequence[float]) -> PercentileTest:
+        """The result by rule 4, once all looks are taken."""
+        assert self.result is not None  # `look` with last=True leaves one
+        if not crowded or self.result.outcome != FAIL:
+            return self.result
+        quicker = self._test([value / CROWDED for value in values], self._fail_look)
+        return self.result if quicker.outcome == FAIL else replace(self.result, outcome=INCONCLUSIVE)
+
     def _test(self, values: Sequence[float], look: int) -> PercentileTest:
         limit, percentile = self.limit.limit, self.limit.percentile
         # Latencies under half of the limit are alike here, and those over twice of it: how they vary says nothing about crossing it.
@@ -123,7 +137,8 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         raise TrimtabError(
             "limits", expected=f"series among {', '.join(first)}", found=", ".join(unknown), remedy="choose another limit for this kind of bundle"
         )
-    spin.calibrate(call, count=9)
+    spin.calibrate(call, count=min(CALIBRATIONS, max(3, budget.least)))  # who wants three requests for their memory waits for no more
+    spin.crowded()  # from here on
     questions = [Question(limit, budget.confidence) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0
@@ -153,9 +168,10 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
             break
     for question in questions:
         question.look(values[question.limit.series], last=True)
-    tests = tuple((question.limit, question.result) for question in questions if question.result is not None)
+    crowded = spin.crowded()
+    tests = tuple((question.limit, question.beside(crowded, values[question.limit.series])) for question in questions)
     looks = max((question.looks for question in questions), default=0)
-    return Samples({name: tuple(row) for name, row in values.items()}, dropped, windows, disturbed, spin.baseline_ms, seconds, looks, tests)
+    return Samples({name: tuple(row) for name, row in values.items()}, dropped, windows, disturbed, spin.baseline_ms, seconds, looks, tests, crowded)
 
 
 def warm_up(call: Call) -> Mapping[str, float]:

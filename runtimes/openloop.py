@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtimes.collect import BUSY_FACTOR, Budget, Limit, Question, Report, Samples, warm_up
-from runtimes.metrics import INCONCLUSIVE, PASS, PercentileTest
+from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, PercentileTest
 from targets.errors import TrimtabError
 from targets.spin import Spin
 
@@ -107,6 +107,7 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     if unknown:
         raise TrimtabError("limits", expected=f"series among {', '.join(known)}", found=", ".join(unknown), remedy="choose another limit for this scenario")
     spin.calibrate(serve, count=9)
+    spin.crowded()  # from here on
     count = max(EPISODE_LEAST, round(min(EPISODE_SECONDS, budget.seconds / 4) * load.rate_per_s))
     lead = max(load.concurrency, round(LEAD_SHARE * count))
     questions = [Question(limit, budget.confidence) for limit in limits]
@@ -140,12 +141,14 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     for question in questions:
         question.look(values[question.limit.series], last=True)
     utilisation = load.rate_per_s * float(np.mean(service)) / load.concurrency if service else float("nan")
-    tests = tuple((one.limit, _sustained(one.result, utilisation)) for one in questions if one.result is not None)
+    crowded = spin.crowded()
+    tests = tuple((one.limit, _sustained(one.result, utilisation, crowded)) for one in questions if one.result is not None)
     looks = max((question.looks for question in questions), default=0)
     kept_values = {name: tuple(row) for name, row in values.items()}
-    return Samples(kept_values, dropped, episodes, disturbed, spin.baseline_ms, time.perf_counter() - started, looks, tests), utilisation
+    return Samples(kept_values, dropped, episodes, disturbed, spin.baseline_ms, time.perf_counter() - started, looks, tests, crowded), utilisation
 
 
-def _sustained(test: PercentileTest, utilisation: float) -> PercentileTest:
-    """Rule 5: no PASS where the queue only grows."""
-    return replace(test, outcome=INCONCLUSIVE) if test.outcome == PASS and not utilisation < 1 else test
+def _sustained(test: PercentileTest, utilisation: float, crowded: str) -> PercentileTest:
+    """Rule 5: no PASS where the queue only grows; and no FAIL where others took part of the machine, for a queue makes any delay of a slow server."""
+    wrong = (test.outcome == PASS and not utilisation < 1) or (test.outcome == FAIL and crowded)
+    return replace(test, outcome=INCONCLUSIVE) if wrong else test

@@ -31,7 +31,7 @@ def difference(one: Profile, other: Profile) -> list[dict[str, Any]]:
 
 
 def _place(row: KernelTime) -> tuple[object, ...]:
-    return row.op, row.bits, row.block, row.symmetric, row.k, row.n, row.m, row.context
+    return row.op, row.bits, row.block, row.symmetric, row.k, row.n, row.m, row.context, row.layers
 
 
 def _text(value: Any) -> Any:

@@ -6,19 +6,22 @@ A `Workload` is the operators of one run in the columns of the kernel table (`ta
    alone (a decoder's head) count with m = 1.
 2. An operator's time is the profile's kernel table's. Where the profile has none (or none of this kernel), it is the roofline's:
    max(bytes / bandwidth, operations / rate), plus one parallel region. Rates are the profile's; MatMulNBits reaches NBITS_SHARE of the int8 rate.
-3. TTFT is the prompt's runs, chunk after chunk. TPOT is a run of one token at the middle of the answer.
-4. Every figure has an interval, as wide as its evidence: TABLE_HERE for a table measured on this machine, TABLE for another machine's or a class's, ROOFLINE
+3. Operators of layers cost more (or less) beside each other than alone: their sum is multiplied by what the table's chains of layers took over the sum of
+   their own operators (`KernelTable.together`), each matrix by chains of its kind, the rest by the mean over the matrices.
+4. TTFT is the prompt's runs, chunk after chunk. TPOT is a run of one token at the middle of the answer. Each run of a decoder has `step_us` of other work.
+5. Every figure has an interval, as wide as its evidence: TABLE_HERE for a table measured on this machine, TABLE for another machine's or a class's, ROOFLINE
    otherwise, MEMORY for memory. They are set by what `benchmarks/predict.py` found; docs/prediction.md has its table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from targets.errors import TargetError
-from targets.kernels import ATTENTION, MATRICES, Case, Point
+from targets.kernels import ATTENTION, MATRICES, Case, Point, weight_bytes
+from targets.layers import DECODER, ENCODER
 from targets.profile import Profile
 from targets.table import KernelTable
 
@@ -28,6 +31,7 @@ ATTENTION_SHARE = 0.3  # of the fp32 GEMM rate
 REGION_US = 5.0  # a parallel region, where none was measured
 RUNTIME_BYTES = 120e6  # a process with onnxruntime, numpy, a tokenizer and a first cache, before any weights; measured 119-133 MB
 OPEN_MB_S = 400.0  # where none was measured
+NORMS, ACTIVATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), ("QuickGelu", "BiasGelu")
 REMEDY = "measure the machine: `trimtab targets probe --out machine.yaml`, or add the figure with its source to the profile"
 
 
@@ -51,6 +55,18 @@ class Workload:
     cache_bytes: int = 0
     activation_bytes: int = 0  # of one token, the widest moment of a layer
     context: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that one token streams."""
+        return max(1, sum(operator.count * weight_bytes(operator.case) for operator in self.operators))
+
+    def layer(self, matrix: Case) -> Case:
+        """The layer of this width with matrices of that kind, as chains of layers have it in the table."""
+        widths = {operator.case.op: operator.case.k for operator in self.operators}
+        width = next((widths[op] for op in NORMS if op in widths), matrix.k)
+        inner = next((widths[op] for op in ACTIVATIONS if op in widths), matrix.n)
+        return Case(DECODER if self.kind == "decoder" else ENCODER, matrix.bits, matrix.block, width, inner, matrix.symmetric)
 
 
 @dataclass(frozen=True)
@@ -115,11 +131,30 @@ class Clock:
         return region + 12 * point.m * case.k / bandwidth
 
     def run_us(self, work: Workload, point: Point) -> float:
-        """Rule 1."""
-        total = self.profile.run_us or 0.0
-        for operator in work.operators:
-            total += operator.count * self.us(operator.case, Point(1, point.context) if operator.last else point)
-        return total
+        """Rules 1 and 3."""
+        beside = self.profile.step_us or 0.0 if work.kind == "decoder" else 0.0
+        return (
+            (self.profile.run_us or 0.0)
+            + beside
+            + self.sum_us(work, [(operator, Point(1, point.context) if operator.last else point) for operator in work.operators])
+        )
+
+    def matrix_us(self, work: Workload, case: Case, point: Point) -> float:
+        """A matrix among the others of `work`: rule 3, where the table has its kernel."""
+        alone = self.us(case, point)
+        return alone * self.table.together(work.layer(case), point, work.streamed_bytes) if self.tabled(case) else alone
+
+    def sum_us(self, work: Workload, placed: Sequence[tuple[Operator, Point]]) -> float:
+        """Rule 3 over operators, each at its own sizes."""
+        total = plain = weight = weighted = 0.0
+        for operator, point in placed:
+            us = operator.count * self.us(operator.case, point)
+            if operator.case.op in MATRICES and self.tabled(operator.case):
+                among = operator.count * self.matrix_us(work, operator.case, point)
+                total, weight, weighted = total + among, weight + us, weighted + among
+            else:
+                plain += us
+        return total + plain * (weighted / weight if weight else 1.0)
 
 
 def predict(work: Workload, profile: Profile, conditions: Conditions | None = None) -> Prediction:
@@ -152,13 +187,12 @@ def _decoder_ms(clock: Clock, work: Workload, conditions: Conditions) -> dict[st
 
 def _encoder_ms(clock: Clock, work: Workload, conditions: Conditions) -> dict[str, float]:
     """Matrices see all tokens of the batch at once, attention each row by itself."""
-    total = clock.profile.run_us or 0.0
+    placed = []
     for operator in work.operators:
-        if operator.case.op in ATTENTION:
-            total += conditions.batch * operator.count * clock.us(operator.case, Point(conditions.length))
-        else:
-            total += operator.count * clock.us(operator.case, Point(conditions.batch * (1 if operator.last else conditions.length)))
-    return {"encode_ms": total / 1e3}
+        rows = conditions.batch if operator.case.op in ATTENTION else 1
+        tokens = conditions.length if operator.case.op in ATTENTION else conditions.batch * (1 if operator.last else conditions.length)
+        placed.append((replace(operator, count=rows * operator.count), Point(tokens)))
+    return {"encode_ms": ((clock.profile.run_us or 0.0) + clock.sum_us(work, placed)) / 1e3}
 
 
 def _peak_bytes(work: Workload, conditions: Conditions) -> float:

@@ -4,7 +4,8 @@ What is measured is what will run: the kernels are onnxruntime's, in small model
 Every figure is the lower quartile of repeats: the question is what the machine can do, and company only ever adds time. Their number and spread stand
 beside it, so that a noisy machine shows.
 
-The budget bounds the whole. Measurements stand in the order of their worth; what does not fit is left out, and the profile's description says so.
+The budget bounds the whole. Measurements stand in the order of their worth; what does not fit is left out, and the profile's description says so. Chains of
+whole layers take CHAIN_SHARE of it, in passes before, amid and after the table (`targets.passes`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from targets.errors import TargetError
+from targets.gpu import has_gpu, probe_gpu
 from targets.kernels import Case, CaseRun, Point, case_model, cases, copies, open_case, open_model
+from targets.passes import CHAINS, PASSES, ChainPasses, Timing
 from targets.profile import KernelTime, Profile, Provenance, here, with_measured
 from targets.spin import Spin
 
@@ -32,56 +35,71 @@ BANDWIDTH_BYTES = 256 << 20  # several times the largest cache of the machines w
 STORAGE_BYTES = 64 << 20
 GEMM = (1024, 1024, 512)  # K, N, M of the two headline figures
 RUNS_LEAST = 3
-DEFAULT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Lower quartile of the seconds of `samples` runs; spread = (90th - 10th percentile) / median."""
-
-    seconds: float
-    samples: int
-    spread: float
+DEFAULT_SECONDS = 75.0
+CHAIN_SHARE, GPU_SHARE = 0.4, 0.1
 
 
 Measure = Callable[[], tuple[float, Timing]]
 
 
-def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, threads: int = 0, folder: Path | None = None) -> Profile:
+def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, threads: int = 0, folder: Path | None = None, gpu: bool | None = None) -> Profile:
     """A profile of this machine with measured speeds.
 
     seconds  budget for all; every measurement gets a share, and runs at least three times
     threads  as many as a bundle will use; 0 = all cores of this process
     folder   where the storage is measured; the system's temporary folder when None
-    Raises TargetError when the budget is not a positive number or onnxruntime is missing.
+    gpu      measure the GPU too (GPU_SHARE of the budget); None: where this build of onnxruntime runs on one
+    Raises TargetError when the budget is not a positive number, onnxruntime is missing, or a GPU is asked for and onnxruntime cannot run on it.
     """
     if not (seconds > 0 and np.isfinite(seconds)):
         raise TargetError("probe", expected="a positive number of seconds", found=str(seconds), remedy="30 to 120 seconds are usual")
     profile = here()
     threads = threads or profile.cores
     rows = list(cases())
-    headline = _headline(threads, seconds / (len(rows) + 16), folder)
+    headline = _headline(threads, (1 - CHAIN_SHARE) * seconds / (len(rows) + 16), folder)
     total = len(headline) + len(rows)
     tell = report or (lambda what, done, of: None)
     started = time.perf_counter()
     measured: dict[str, tuple[Any, Provenance]] = {}
+    if gpu or (gpu is None and has_gpu()):
+        tell("the GPU", 0, total)
+        measured |= probe_gpu(GPU_SHARE * seconds, repeat)
     for done, (name, note, measure) in enumerate(headline):
         tell(note, done, total)
         value, timing = measure()
         measured[name] = (round(value, 4), _source(note, timing))
-    kernels: list[KernelTime] = []
-    for done, (case, points) in enumerate(rows):
-        left = started + seconds - time.perf_counter()
-        if left <= 0:
-            break
-        tell(str(case), done + len(headline), total)
-        kernels += time_case(case, points, threads, left / (len(rows) - done))
-    skipped = len(rows) - len({(row.op, row.bits, row.block, row.k, row.n, row.symmetric) for row in kernels})
+    with Spin(threads) as spin:
+        chains = ChainPasses(threads, profile.memory_bytes, spin)
+        kernels = _table(rows, chains, started + seconds, lambda what, done: tell(what, done + len(headline), total))
+    step = chains.step()
+    if step is not None:
+        note = "a mask, small operators and the largest of 32768 logits, between runs of a chain of layers"
+        measured["step_us"] = (round(step[0], 2), _source(note, step[1]))
     tell("done", total, total)
+    skipped = len(rows) + len(CHAINS) - len({(row.op, row.bits, row.block, row.k, row.n, row.symmetric, row.layers) for row in kernels})
     note = f"onnxruntime kernels, {threads} threads, {time.perf_counter() - started:.0f} s" + (
-        f"; {skipped} of {len(rows)} kernels left out for lack of time" if skipped else ""
+        f"; {skipped} of {len(rows) + len(CHAINS)} kernels left out for lack of time" if skipped else ""
     )
     return replace(with_measured(profile, measured), description=f"measured here: {note}", kernels=tuple(kernels))
+
+
+def _table(rows: Sequence[tuple[Case, tuple[Point, ...]]], chains: ChainPasses, deadline: float, tell: Callable[[str, int], None]) -> list[KernelTime]:
+    """The kernel table until `deadline`, with the passes of the chains spread over it."""
+    kernels: list[KernelTime] = []
+    a_pass = CHAIN_SHARE * (deadline - time.perf_counter()) / PASSES
+    starts = {round(number * len(rows) / (PASSES - 1)): number for number in range(PASSES)}
+    for done in range(len(rows) + 1):
+        left = deadline - time.perf_counter()
+        if done in starts and left > 0:
+            tell(f"layers in a row, pass {starts[done] + 1} of {PASSES}", done)
+            chains.run(min(a_pass, left))
+            left = deadline - time.perf_counter()
+        to_come = a_pass * sum(start > done for start in starts)
+        if done < len(rows) and (left > to_come or not kernels):  # one at least, however late it is
+            case, points = rows[done]
+            tell(str(case), done)
+            kernels += time_case(case, points, chains.threads, max(0.0, left - to_come) / (len(rows) - done))
+    return kernels + chains.rows()
 
 
 def _headline(threads: int, share: float, folder: Path | None) -> list[tuple[str, str, Measure]]:
@@ -186,8 +204,7 @@ def repeat(work: Callable[[], object], seconds: float) -> Timing:
         started = time.perf_counter()
         work()
         samples.append(time.perf_counter() - started)
-    low, quartile, middle, high = np.quantile(samples, [0.1, 0.25, 0.5, 0.9])
-    return Timing(float(quartile), len(samples), float((high - low) / middle))
+    return Timing.of(samples)
 
 
 def _source(note: str, timing: Timing) -> Provenance:

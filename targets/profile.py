@@ -55,7 +55,8 @@ class Provenance:
 class KernelTime:
     """One row of the kernel table: `op` on [m, k] x [k, n] took `us`. bits and block: of the weights (32 and 0 for fp32, 8 and 0 for one scale per column).
 
-    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m.
+    `targets.kernels` says what the columns hold for attention, norms and activations. context: tokens in the cache before these m. layers: of a chain, of
+    which `us` is one.
     """
 
     op: str
@@ -68,6 +69,7 @@ class KernelTime:
     us: float
     symmetric: bool = True
     context: int = 0
+    layers: int = 1
 
     @property
     def gop_s(self) -> float:
@@ -96,6 +98,7 @@ class Profile:
     open_mb_s: float | None = None  # weights that a session makes ready a second, with the file in the system's cache
     parallel_us: float | None = None  # starting and joining all threads once, inside an operator
     run_us: float | None = None  # one run of a session, beside its operators
+    step_us: float | None = None  # what a step of generation does beside the layers and the head
     gpu: str = ""
     gpu_memory_bytes: int | None = None
     gpu_read_gb_s: float | None = None  # device memory

@@ -15,7 +15,7 @@ from targets.profile import IDENTITY, KernelTime, Profile, Provenance, _nearest,
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=1)]
-KERNEL_DEFAULTS = (("symmetric", True), ("context", 0))
+KERNEL_DEFAULTS = (("symmetric", True), ("context", 0), ("layers", 1))
 Speed = Annotated[float, Field(gt=0)]
 
 
@@ -61,6 +61,7 @@ class _Kernel(_Part):
     us: Speed
     symmetric: bool = True
     context: int = Field(default=0, ge=0)
+    layers: Count = 1
 
 
 class _Profile(_Part):
@@ -82,6 +83,7 @@ class _Profile(_Part):
     open_mb_s: Speed | None = None
     parallel_us: Speed | None = None
     run_us: Speed | None = None
+    step_us: Speed | None = None
     gpu: str = ""
     gpu_memory_bytes: Count | None = None
     gpu_read_gb_s: Speed | None = None
@@ -133,7 +135,8 @@ def as_plain(profile: Profile) -> dict[str, Any]:
         values["kernels"] = [{key: value for key, value in asdict(row).items() if (key, value) not in KERNEL_DEFAULTS} for row in profile.kernels]
     if profile.provenance:
         values["provenance"] = {
-            name: {key: value for key, value in asdict(row).items() if value not in (None, "", 0)} for name, row in profile.provenance.items()
+            name: {key: value for key, value in asdict(row).items() if value not in (None, "") and (key, value) != ("samples", 0)}
+            for name, row in profile.provenance.items()
         }
     return values
 

@@ -2,11 +2,15 @@
 
 The kernel hashes a buffer on every thread at once (hashlib releases the interpreter lock), touches little memory, and takes about a millisecond. It says
 nothing about the samples themselves, so dropping by it does not favour fast ones.
+
+Whoever is there from the first reading to the last is part of the baseline and shows in no reading: `Company` counts the processor time that others took, and
+`Spin.crowded` compares the baseline with what the kernel takes on this machine when it is quiet, where that is known.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +23,7 @@ REPEATS = 3  # the best of these counts: a single wake-up of the system is no di
 SETTLE_S = 0.01  # onnxruntime's workers spin on after a run; without this pause readings fall into two groups (0.7 and 1.1 ms here)
 TOLERANCE = 1.35
 CALIBRATIONS = 15
+COMPANY = 0.25  # processors; what a quiet Linux does beside us takes some 0.05
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,50 @@ class SpinReading:
     quiet: bool
 
 
-class Spin:
-    """The kernel with its threads and its baseline. Use as a context manager; `calibrate` first."""
+class Company:
+    """Processor time that other processes take, of the processors that this one may use; time stolen by a hypervisor counts."""
 
-    def __init__(self, threads: int, tolerance: float = TOLERANCE) -> None:
-        self.threads, self.tolerance, self.baseline_ms = threads, tolerance, 0.0
+    def __init__(self, threads: int) -> None:
+        self._threads, self._allowed = threads, _allowed()
+        self._wall, self._others = time.perf_counter(), self._used()
+
+    def excess(self) -> float:
+        """Processors' worth of time that others took since the last call (at first since the start), beyond what our threads leave free."""
+        before, self._wall = self._wall, time.perf_counter()
+        used, self._others = self._others, self._used()
+        return max(0.0, (self._others - used) / max(self._wall - before, 1e-9) - (len(self._allowed) - self._threads))
+
+    def _used(self) -> float:
+        import psutil
+
+        each = psutil.cpu_times(percpu=True)
+        busy = sum(sum(row[:8]) - row.idle - getattr(row, "iowait", 0.0) for place, row in enumerate(each) if place in self._allowed)
+        return float(busy - time.process_time())
+
+
+def _allowed() -> set[int]:
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+class Spin:
+    """The kernel with its threads and its baseline. Use as a context manager; `calibrate` first.
+
+    known_ms  what the kernel takes on this machine when it is quiet (a probed profile's `spin_ms`); 0 where that is not known
+    """
+
+    def __init__(self, threads: int, tolerance: float = TOLERANCE, known_ms: float = 0.0) -> None:
+        self.threads, self.tolerance, self.baseline_ms, self.known_ms = threads, tolerance, 0.0, known_ms
         self._pool = ThreadPoolExecutor(threads)
+        self._company = Company(threads)
+
+    def crowded(self) -> str:
+        """Why all that was measured since the last call may be slower than this machine is: "" when nothing says so."""
+        excess = self._company.excess()
+        if excess > COMPANY:
+            return f"other processes took the time of {excess:.1f} processors"
+        if self.known_ms and self.baseline_ms > self.tolerance * self.known_ms:
+            return f"the reference kernel took {self.baseline_ms:.2f} ms, {self.known_ms:.2f} ms when this machine was probed"
+        return ""
 
     def __enter__(self) -> Spin:
         return self

@@ -9,6 +9,9 @@
 5. A width that is no multiple of the block counts as padded, as the kernel computes it.
 6. A kernel with rows at few sizes (one with zero points) takes its shape from the same kernel without them, times the mean ratio at the sizes both have.
    A block that was not measured takes the nearest measured one of the same bits.
+7. Operators in a layer: what chains of whole layers (`targets.layers`) took over the sum of their operators by rules 1 to 6, weighted by inverse squared
+   distance in the logarithms of width, intermediate size, context, tokens (FEWER_TOKENS times) and streamed bytes. Chains of the same bits and the nearest
+   block count, or all where the bits have none.
 
 Worked: us(512, 512) = 8 and us(512, 4096) = 50 give, at 1 token, 2 us + 1.5e-5 us per weight + ...; between the two it follows the sum, at both it is exact.
 """
@@ -26,9 +29,11 @@ from numpy.typing import NDArray
 
 from targets.errors import TargetError
 from targets.kernels import ATTENTION, MATRICES, Case, Point
+from targets.layers import LAYERS, layer_bytes, parts
 from targets.profile import KernelTime
 
 Floats = NDArray[np.float64]
+FEWER_TOKENS = 3.0  # one token and many are different work: they hardly tell of each other
 Key = tuple[str, int, int, bool]  # operator, bits, block, symmetric
 
 
@@ -72,6 +77,16 @@ def _features(op: str, k: int, n: int, point: Point) -> Floats:
     return np.array([float(k), 1.0])
 
 
+def _case(row: KernelTime) -> Case:
+    return Case(row.op, row.bits, row.block, row.k, row.n, row.symmetric)
+
+
+def _spot(k: int, n: int, point: Point, streamed_bytes: int) -> Floats:
+    """Where a chain lies. Many tokens do arithmetic: the bytes do not tell there."""
+    streamed = math.log2(streamed_bytes) if point.m == 1 else 0.0
+    return np.array([math.log2(k), math.log2(n), math.log2(point.context + 16.0), FEWER_TOKENS * math.log2(point.m), streamed])
+
+
 def _place(k: int, n: int, context: int) -> Floats:
     return np.log2(np.array([k, n, context + 16.0]))
 
@@ -113,6 +128,36 @@ class KernelTable:
             return low
         share = math.log(point.m / below) / math.log(above / below)
         return low ** (1 - share) * by_m[above].us(k, case.n, Point(above, point.context)) ** share
+
+    def together(self, layer: Case, point: Point, streamed_bytes: int) -> float:
+        """Rule 7: the time of operators in layers like `layer`, over the sum of their times alone; 1 where the table has no chain of this operator.
+
+        streamed_bytes  weights that one token streams through all layers and the head
+        """
+        alike = [(row, log) for row, log in self.chains if row.op == layer.op]
+        alike = [(row, log) for row, log in alike if row.bits == layer.bits] or alike
+        if not alike:
+            return 1.0
+
+        def off(row: KernelTime) -> float:
+            return abs(math.log2((row.block + 1) / (layer.block + 1)))
+
+        nearest, here = min(off(row) for row, _ in alike), _spot(layer.k, layer.n, point, streamed_bytes)
+        near = [(row, log) for row, log in alike if off(row) == nearest]
+        spots = [_spot(row.k, row.n, Point(row.m, row.context), row.layers * layer_bytes(_case(row))) for row, _ in near]
+        weights = [1.0 / (float(np.square(spot - here).sum()) + 1e-9) for spot in spots]
+        return math.exp(float(np.average([log for _, log in near], weights=weights)))
+
+    @cached_property
+    def chains(self) -> list[tuple[KernelTime, float]]:
+        """Rows of layers whose operators are all in the table, with the logarithm of their time over the sum of their operators'."""
+        found = []
+        for row in (row for row in self.rows if row.op in LAYERS):
+            layer = parts(_case(row))
+            if all(self.knows(case.op, case.bits) for case, _ in layer):
+                alone = sum(count * self.us(case, Point(row.m, row.context)) for case, count in layer)
+                found.append((row, math.log(row.us / alone)))
+        return found
 
     def _nearest(self, case: Case) -> Key:
         """Rule 6: the kernel itself, or the one of the same operator and bits with the nearest block."""

@@ -92,3 +92,15 @@ def test_an_accuracy_limit_must_hold_for_every_adapter():
     assert Verdict("here", made).outcome == FAIL
     assert [row.name for row in made].count("kl_mean@support") == 1 and "top1_agreement@support" in {row.name for row in made if row.limit is None}
     assert next(row for row in made if row.name == "kl_mean@sales").unit == "nats"
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(149.0, PASS), (171.0, INCONCLUSIVE), (1200.0, INCONCLUSIVE), (1400.0, FAIL)])
+def test_company_fails_no_throughput(limit, outcome):
+    """About 160 tokens a second: eight times as many are 1280."""
+    (check, *_) = checks({"decode_tok_s": limit}, measured(crowded="other processes took the time of 1.0 processors"))
+    assert check.outcome == outcome and ("other processes" in check.note) == (outcome == INCONCLUSIVE)
+
+
+def test_company_fails_no_load_time():
+    slow = {"scalars": {"load_s": [2.0, 1.0]}, "crowded": "other processes took the time of 1.0 processors"}
+    assert [checks({"load_s": limit}, measured(**slow))[0].outcome for limit in (2.0, 1.0, 0.2)] == [PASS, INCONCLUSIVE, FAIL]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from runtimes.collect import DEPENDENCE_ROOM, FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
 from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
 from targets.errors import TrimtabError
-from targets.spin import Spin, SpinReading
+from targets.spin import Company, Spin, SpinReading
 
 P95_FIRST_LOOK = math.ceil(DEPENDENCE_ROOM * min_samples(95, 0, look_confidence(1)))
 
@@ -19,12 +21,17 @@ P95_FIRST_LOOK = math.ceil(DEPENDENCE_ROOM * min_samples(95, 0, look_confidence(
 class Script(Spin):
     """A reference kernel whose readings are scripted; quiet when the script ends."""
 
+    company = ""
+
     def __init__(self, readings: Iterator[bool] | None = None) -> None:
         super().__init__(1)
         self._readings = readings or iter(())
 
     def time_ms(self) -> float:
         return 1.0
+
+    def crowded(self) -> str:
+        return self.company
 
     def read(self) -> SpinReading:
         quiet = next(self._readings, True)
@@ -85,6 +92,59 @@ def test_a_machine_that_is_never_quiet_gives_no_verdict() -> None:
     samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0)], budget(most=50), Script(constant(0.0)))  # type: ignore[arg-type]
     ((_, test),) = samples.tests
     assert (test.outcome, test.samples, samples.dropped) == (INCONCLUSIVE, 0, 150)  # three times the cap, and then it is enough
+
+
+@pytest.mark.parametrize(("limit", "alone", "beside"), [(20.0, PASS, PASS), (9.0, FAIL, INCONCLUSIVE), (1.3, FAIL, INCONCLUSIVE), (1.2, FAIL, FAIL)])
+def test_company_never_makes_a_machine_fail(limit: float, alone: str, beside: str) -> None:
+    """Latencies of 10 ms: an eighth of them is 1.25."""
+    crowd = Script()
+    crowd.company = "other processes took the time of 1.0 processors"
+    for spin, outcome in ((None, alone), (crowd, beside)):
+        samples = run(constant(10.0), [Limit("ttft_ms", 95, limit)], budget(), spin)
+        assert samples.tests[0][1].outcome == outcome and samples.crowded == (spin.company if spin else "")
+
+
+class _Times(NamedTuple):
+    """As psutil tells /proc/stat."""
+
+    user: float
+    nice: float
+    system: float
+    idle: float
+    iowait: float
+    irq: float
+    softirq: float
+    steal: float
+    guest: float
+    guest_nice: float
+
+
+def test_company_is_the_time_of_others_beyond_what_we_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    company = Company(threads=2)
+    for allowed, others, excess in (({0, 1}, 0.0, 0.0), ({0, 1}, 1.5, 1.5), ({0, 1, 2, 3}, 1.5, 0.0), ({0, 1, 2, 3}, 2.5, 0.5)):
+        company._allowed, company._wall, company._others = allowed, 10.0, 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: 14.0)
+        monkeypatch.setattr(company, "_used", lambda others=others: 100.0 + 4 * others)
+        assert company.excess() == pytest.approx(excess)
+
+
+def test_idle_time_and_our_own_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    each = [_Times(5.0, 1.0, 2.0, 100.0, 7.0, 0.0, 0.5, 1.5, 3.0, 0.0), _Times(*[9.0] * 10)]
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: each)
+    company = Company(threads=1)
+    company._allowed = {0}
+    monkeypatch.setattr(time, "process_time", lambda: 4.0)
+    assert company._used() == 5.0 + 1.0 + 2.0 + 0.5 + 1.5 - 4.0
+
+
+def test_a_baseline_above_the_quiet_machines_is_company() -> None:
+    for known, told in ((0.0, ""), (1.0, ""), (0.5, "the reference kernel took 1.00 ms, 0.50 ms when this machine was probed")):
+        with Spin(1, known_ms=known) as spin:
+            spin.baseline_ms = 1.0
+            spin._company.excess = lambda: 0.0  # type: ignore[method-assign]
+            assert spin.crowded() == told
 
 
 def test_disturbed_windows_do_not_use_up_the_cap() -> None:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
+from benchmarks.faults import PARTS, Graph, blocks_swapped, everywhere, last_token_before, one_scaled, rows_zeroed, scaled, split_swapped
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.evaluation import faithful
 from compiler.graph.decoder import export_decoder
 from compiler.graph.encoder import export_encoder
-from compiler.graph.encoder_rewrite import add_constant, insert
 from compiler.reference import model_class_of, reference_model
 from compiler.scheme import Schemes, parse_scheme
 
@@ -117,101 +116,6 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Healthy
     return get
 
 
-class Graph:
-    """A saved graph under the knife: initializers as arrays, nodes by name or by type and place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.model = path, ir.load(path)
-
-    def array(self, name: str) -> np.ndarray:
-        return self.model.graph.initializers[name].const_value.numpy().copy()
-
-    def put(self, name: str, array: np.ndarray) -> None:
-        self.model.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(array), name=name)
-
-    def change(self, name: str, how: Callable[[np.ndarray], np.ndarray]) -> None:
-        before = self.array(name)
-        after = how(before.copy())
-        assert not np.array_equal(before, after), "a fault that changes nothing"
-        self.put(name, after.astype(before.dtype))
-
-    def swap(self, first: str, second: str) -> None:
-        a, b = self.array(first), self.array(second)
-        self.put(first, b)
-        self.put(second, a)
-
-    def node(self, name: str) -> ir.Node:
-        (found,) = [node for node in self.model.graph if node.name == name]
-        return found
-
-    def typed(self, op_type: str, place: int = 0) -> ir.Node:
-        return [node for node in self.model.graph if node.op_type == op_type][place]
-
-    def attribute(self, node: ir.Node, name: str, value: float | int) -> None:
-        assert name in node.attributes and node.attributes[name].value != value
-        node.attributes[name] = ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
-
-    def rewire(self, node: ir.Node, place: int, value: ir.Value | None) -> None:
-        node.replace_input_with(place, value)
-
-    def save(self) -> None:
-        self.path.write_bytes(ir.to_proto(self.model).SerializeToString())
-
-
-def scaled(factor: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda array: array * factor
-
-
-def rows_zeroed(start: int) -> Callable[[np.ndarray], np.ndarray]:
-    def cut(array: np.ndarray) -> np.ndarray:
-        array[start:] = 0
-        return array
-
-    return cut
-
-
-def one_group(array: np.ndarray) -> np.ndarray:
-    """One scale of thousands is a tenth too large."""
-    array.reshape(-1)[7] *= 1.1
-    return array
-
-
-def blocks_swapped(start: int, size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows start.. and the `size` after them change places."""
-
-    def swap(array: np.ndarray) -> np.ndarray:
-        first, second = array[start : start + size].copy(), array[start + size : start + 2 * size].copy()
-        array[start : start + size], array[start + size : start + 2 * size] = second, first
-        return array
-
-    return swap
-
-
-def everywhere(graph: Graph, name: str, how: Callable[[np.ndarray], np.ndarray]) -> None:
-    """The same to the codes, scales, zero points and bias of a matrix."""
-    for part in ("codes", "scales", "zero_points", "bias", "weight"):
-        if f"{name}.{part}" in graph.model.graph.initializers:
-            graph.change(f"{name}.{part}", how)
-
-
-def split_swapped(graph: Graph, node: ir.Node) -> None:
-    """The first two outputs of a Split change places."""
-    first, second = node.outputs[0], node.outputs[1]
-    users = [(use.node, use.idx, other) for value, other in ((first, second), (second, first)) for use in value.uses()]
-    for user, place, other in users:
-        user.replace_input_with(place, other)
-
-
-PARTS = ("codes", "scales", "zero_points", "bias")
-
-
-def last_token_before(graph: Graph) -> None:
-    """The logits of the token before the last."""
-    one = add_constant(graph.model.graph, "one_too_few", np.array(1, np.int64))
-    before = insert(graph.node("/last_token/index"), "Sub", [graph.node("/last_token/here").outputs[0], one])
-    graph.rewire(graph.node("/last_token/index"), 0, before.outputs[0])
-
-
 LAYER = "model.layers.1"
 Fault = Callable[[Graph], None]
 
@@ -242,7 +146,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "residual missing": ("llama", lambda g: g.rewire(g.node("/layers.1/norm_2"), 0, g.node("/layers.1/attn/o_proj").outputs[0])),
     "norm of another layer": ("llama", lambda g: g.swap(f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight")),
     "stale scales": ("llama", lambda g: g.put(f"{LAYER}.attn.o_proj.scales", g.array("model.layers.0.attn.o_proj.scales"))),
-    "one stale scale": ("llama", lambda g: g.change(f"{LAYER}.attn.o_proj.scales", one_group)),
+    "one stale scale": ("llama", lambda g: g.change(f"{LAYER}.attn.o_proj.scales", one_scaled(7))),
     "scales of the neighbouring group": ("llama", lambda g: g.change(f"{LAYER}.mlp.gate_up_proj.scales", lambda a: np.roll(a, 1, axis=1))),
     "stale zero points": ("llama", lambda g: g.change(f"{LAYER}.mlp.down_proj.zero_points", lambda a: np.full_like(a, 0x88))),
     "last rows of the head missing": ("llama", lambda g: g.change("lm_head.scales", rows_zeroed(208))),

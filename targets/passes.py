@@ -1,0 +1,129 @@
+"""Chains of layers timed in several passes over the whole probe, beside the reference kernel.
+
+A machine that others use too is slow for seconds on end. So no chain is timed at one time only, every sample has a reading of the reference kernel beside it
+(`targets.spin`), and the figure is the lower quartile of that half of the samples beside which the kernel was quickest: what the machine does when it is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from targets.kernels import STREAM_BYTES, Case, CaseRun, Point
+from targets.layers import DECODER, ENCODER, Step, open_layers
+from targets.profile import KernelTime
+from targets.spin import Spin
+
+PASSES = 3
+BLOCK_S = 0.03  # a sample is the mean of runs that take so long together: like the tokens of an answer, hiccups included
+LARGE_BYTES, LARGE_SHARE = 256 << 20, 1 / 32  # of weights, and of the machine's memory at most
+STEP, LATE, PROMPT, SHORT = Point(1, 128), Point(1, 1024), Point(128), Point(32)
+CHAINS = (  # the most telling first: what does not fit the budget is left out from the end
+    (Case(DECODER, 4, 64, 512, 1536), STREAM_BYTES, (STEP, PROMPT, LATE, SHORT)),
+    (Case(DECODER, 32, 0, 512, 1536), LARGE_BYTES, (STEP, PROMPT)),
+    (Case(DECODER, 8, 32, 512, 1536), LARGE_BYTES, (STEP,)),
+    (Case(ENCODER, 32, 0, 384, 1536), STREAM_BYTES, (PROMPT, SHORT)),
+    (Case(DECODER, 8, 32, 512, 1536), STREAM_BYTES, (STEP, PROMPT)),
+    (Case(DECODER, 4, 64, 1536, 4096), LARGE_BYTES, (STEP, SHORT)),
+    (Case(ENCODER, 32, 0, 768, 3072), STREAM_BYTES, (PROMPT,)),
+    (Case(DECODER, 32, 0, 512, 1536), STREAM_BYTES, (STEP,)),
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The lower quartile of the seconds of `samples` runs; spread = (90th - 10th percentile) / median."""
+
+    seconds: float
+    samples: int
+    spread: float
+
+    @staticmethod
+    def of(samples: list[float], spins: list[float] | None = None) -> Timing:
+        """spins: readings beside the samples; then the half with the least counts."""
+        values = np.array(samples)
+        if spins is not None:
+            values = values[np.argsort(spins, kind="stable")[: -(-len(samples) // 2)]]
+        low, quartile, middle, high = np.quantile(values, [0.1, 0.25, 0.5, 0.9])
+        return Timing(float(quartile), len(values), float((high - low) / middle))
+
+
+@dataclass
+class Samples:
+    """Seconds, and the reading of the reference kernel beside each."""
+
+    seconds: list[float] = field(default_factory=list)
+    spins: list[float] = field(default_factory=list)
+
+    def timing(self) -> Timing:
+        return Timing.of(self.seconds, self.spins)
+
+
+class ChainPasses:
+    """Sessions of CHAINS, which stay open between passes. Use `run` PASSES times, then `rows` and `step`."""
+
+    def __init__(self, threads: int, memory_bytes: int, spin: Spin) -> None:
+        self.threads, self.spin, self.most_bytes = threads, spin, int(memory_bytes * LARGE_SHARE)
+        self.open: dict[int, CaseRun] = {}
+        self.samples: dict[tuple[int, Point], Samples] = {}
+        self.steps = Samples()
+        self._step = Step(threads, STEP.context)
+
+    def run(self, seconds: float) -> None:
+        """One pass, in about `seconds`. A chain whose share has gone before it is opened waits for the next pass."""
+        deadline = time.perf_counter() + seconds
+        for place, (layer, stream_bytes, points) in enumerate(CHAINS):
+            if deadline <= time.perf_counter():
+                break
+            if place not in self.open:
+                self.open[place] = open_layers(layer, self.threads, min(stream_bytes, self.most_bytes))
+            share = (deadline - time.perf_counter()) / (len(CHAINS) - place) / len(points)
+            for point in points:
+                self._point(place, point, share)
+
+    def _point(self, place: int, point: Point, seconds: float) -> None:
+        run, deadline = self.open[place].bind(point), time.perf_counter() + seconds
+        run()
+        kept = self.samples.setdefault((place, point), Samples())
+        while True:
+            taken, stepped = self._block(run, point.m == 1)
+            spin_ms = self.spin.time_ms()
+            kept.seconds.append(taken)
+            kept.spins.append(spin_ms)
+            if stepped:
+                self.steps.seconds.append(stepped)
+                self.steps.spins.append(spin_ms)
+            if time.perf_counter() >= deadline:
+                break
+
+    def _block(self, run: Callable[[], object], steps: bool) -> tuple[float, float]:
+        """Mean seconds of a run, and of a step's other work after each where there are `steps`."""
+        count, taken, stepped = 0, 0.0, 0.0
+        while count == 0 or taken + stepped < BLOCK_S:
+            started = time.perf_counter()
+            run()
+            between = time.perf_counter()
+            if steps:
+                self._step()
+                stepped += time.perf_counter() - between
+            taken, count = taken + between - started, count + 1
+        return taken / count, stepped / count
+
+    def rows(self) -> list[KernelTime]:
+        """Microseconds of one layer."""
+        found = []
+        for (place, point), samples in self.samples.items():
+            layer, count = CHAINS[place][0], self.open[place].count
+            us = round(samples.timing().seconds * 1e6 / count, 2)
+            found.append(KernelTime(layer.op, layer.bits, layer.block, layer.k, layer.n, point.m, self.threads, us, layer.symmetric, point.context, count))
+        return found
+
+    def step(self) -> tuple[float, Timing] | None:
+        """Microseconds of a step's other work; None when no chain was run."""
+        if not self.steps.seconds:
+            return None
+        timing = self.steps.timing()
+        return timing.seconds * 1e6, timing
