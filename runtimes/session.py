@@ -10,7 +10,7 @@ denormals    flushed to zero where a process does nothing but run a bundle (`tri
              context 0 on an AMD Zen 3 took 1.12 (quartiles 1.07 to 1.20, 40 interleaved rounds) and 1.20 (1.04 to 1.31, 60 rounds) times as long without it;
              longer contexts were not measured alone. onnxruntime sets this for the calling thread for good, so a process that also merges or evaluates
              leaves it alone.
-defaults     dynamic_block_base and the length of the spin keep theirs: no figure that a command repeats speaks for others (`benchmarks/steps.py` compares them).
+defaults     dynamic_block_base and the length of the spin keep theirs: no figure that a command repeats speaks for others (`benchmarks/steps.py`).
 exact        MatMulNBits with float32 activations (`accuracy_level` 1) in place of what the graph says: slower, and free of the rounding of activations to
              8 bits, which turns the last bit of a sum into a step. What must be equal is compared so (`runtimes.behaviours`). One byte of the graph changes.
 optimisation onnxruntime's graph optimisations: all, basic or none.
