@@ -29,6 +29,7 @@ from compiler.evaluation.encoder import pool
 from compiler.graph.encoder_quantize import dequantize_channels, quantize_pairs
 from compiler.graph.passes import float_activations
 from compiler.quantizers import affine
+from compiler.quantizers.rows import dequantize_rows, quantize_rows
 from compiler.reference import canonical
 from compiler.scheme import Scheme, matrix_name, parse_scheme
 from runtimes.adapters import Adapters
@@ -98,6 +99,8 @@ def round_through(weight: np.ndarray, scheme: Scheme) -> None:
         weight[...] = weight.astype(np.float16)
     elif scheme.kernel == "dynamic":
         weight[...] = dequantize_channels(*quantize_pairs(weight.copy()))
+    elif scheme.kernel == "tokens":
+        weight[...] = dequantize_rows(*quantize_rows(weight))
     elif scheme.quantized:
         step = max(1, BLOCK_ELEMENTS // weight.shape[1])
         blocks = [weight[start : start + step] for start in range(0, len(weight), step)]

@@ -137,6 +137,14 @@ def test_unknown_target_of_a_recipe(trimtab, recipe, tmp_path):
     assert code == 2 and "expected a target of the recipe (here), found moon" in stderr
 
 
+def test_whole_numbers_by_token_are_refused_by_a_check_not_a_traceback(trimtab, recipe, tmp_path):
+    """int8-rows rounds inputs by nodes of its own, which the exact comparison with torch cannot tell from a fault (docs/quantization.md)."""
+    code, _, stderr = trimtab("compile", recipe({"size_mb": 5}, scheme="int8-rows"), "--out", tmp_path / "out")
+    assert code == 3 and "Traceback" not in stderr
+    checks = json.loads((tmp_path / "out" / "tiny-here.report" / "report.json").read_text())["verdict"]["checks"]
+    assert [check["name"] for check in checks if check["outcome"] == "FAIL"] == ["export_faithful"]
+
+
 def test_smoothing_is_a_step_of_its_own_and_the_reference_stays_the_merged_model(trimtab, recipe, tmp_path, monkeypatch):
     from compiler.stages import smooth
 
