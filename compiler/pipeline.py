@@ -116,10 +116,12 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, suite = _planned(recipe), recipe_suite(recipe)
+    for item, _ in [] if recipe.quantize.auto else targets:
+        _plan(recipe, sources, suite, item)  # what cannot be built is told before anything is made
+    package.require_writable(out)
     if sources.smooth:
         with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
             sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
-    package.require_writable(out)
     run = Run(recipe, sources, suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
