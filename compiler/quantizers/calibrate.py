@@ -169,7 +169,7 @@ class BlockStream:
         return Block(name, module, self._linears(name, module), self.hidden, self.kwargs[index])
 
     def empty(self, index: int) -> None:
-        """Free a block, and give what it took back to the system: glibc would keep it, some 15 MB a block for 135 M parameters."""
+        """Free a block, and give what it took back to the system: glibc would keep much of it, block after block."""
         self.base.layers[index].to("meta")
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
             trim(0)

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]
 CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.5, 0.5), (0.75, 0.25))
-GAIN = {"rtn": 1.0, "search": 0.8, "imatrix": 0.6, "gptq": 0.4}  # what a method leaves of the error of rounding to nearest, about
+# What a method is taken to leave of the error of rounding to nearest. Assumed, not measured: it only steers the choice of s.
+GAIN = {"rtn": 1.0, "search": 0.8, "imatrix": 0.6, "gptq": 0.4}
 ROWS = 256  # of a matrix, to choose by
 TOKENS = 256  # inputs, to choose by
 REACH = 1e3  # s stays within 1 / REACH and REACH
