@@ -4,7 +4,8 @@
 2. After each doubling of the samples the limits are looked at. Look k may be wrong with probability (1-c) / 2^k, so all looks together keep c
    (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing may be told after 4 samples, passing needs what the percentile needs.
 3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE. Calls and time of dropped windows do
-   not count, until they are twice what the caps allow: a busy machine measures longer, but not for ever.
+   not count, until they are twice what the caps allow: a busy machine measures longer, but not for ever. Short calls reach
+   a small cap within one window, which may be a disturbed one: FEWEST_WINDOWS are tried before calls end it.
 4. Company that is there all the time shows in no window (`Spin.crowded`). It only ever adds time, so a PASS beside it stands; a FAIL stands when the limit
    is missed even by latencies CROWDED times shorter, else it becomes INCONCLUSIVE.
 """
@@ -28,6 +29,7 @@ DEPENDENCE_ROOM = 1.25  # times the fewest samples that can pass: even independe
 CALIBRATIONS = 9
 CROWDED = 8.0  # two threads that share two processors with three others and wait for each other lose less
 BUSY_FACTOR = 3  # times the caps, dropped windows included
+FEWEST_WINDOWS = 24
 WARMUP_MOST = 8
 WARMUP_SETTLED = 0.95  # warm once a call is no longer 5 % faster than the best before it
 
@@ -164,7 +166,8 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
             report(kept, budget.most, seconds)
         decided = kept >= budget.least and all(question.result is not None for question in questions)
         spent = kept >= budget.most or seconds - lost >= budget.seconds
-        if decided or spent or kept + dropped >= BUSY_FACTOR * budget.most or seconds >= (budget.max_seconds or BUSY_FACTOR * budget.seconds):
+        enough = windows >= FEWEST_WINDOWS and kept + dropped >= BUSY_FACTOR * budget.most
+        if decided or spent or enough or seconds >= (budget.max_seconds or BUSY_FACTOR * budget.seconds):
             break
     for question in questions:
         question.look(values[question.limit.series], last=True)

@@ -94,6 +94,11 @@ def test_a_machine_that_is_never_quiet_gives_no_verdict() -> None:
     assert (test.outcome, test.samples, samples.dropped) == (INCONCLUSIVE, 0, 150)  # three times the cap, and then it is enough
 
 
+def test_short_calls_wait_for_a_quiet_window() -> None:
+    samples = run(constant(10.0), [], budget(least=4, most=4), Script(iter([False] * 14 + [True] * 10)))  # type: ignore[arg-type]
+    assert (samples.dropped, len(samples.values["ttft_ms"])) == (14, 4)  # 12 calls are three times the cap
+
+
 @pytest.mark.parametrize(("limit", "alone", "beside"), [(20.0, PASS, PASS), (9.0, FAIL, INCONCLUSIVE), (1.3, FAIL, INCONCLUSIVE), (1.2, FAIL, FAIL)])
 def test_company_never_makes_a_machine_fail(limit: float, alone: str, beside: str) -> None:
     """Latencies of 10 ms: an eighth of them is 1.25."""
