@@ -73,6 +73,7 @@ CODES: Mapping[str, str] = {
     "YAML_UNSAFE": "YAML that is not plain: an alias, a tag, a key twice, nesting or size beyond reason",
     "RECIPE_KEY": "an unknown key; the nearest known one is named",
     "RECIPE_VALUE": "a value of another type, or a number that is not finite",
+    "DISTIL_DIVERGED": "training a student gave a loss that is not finite",
     "DATA_EMPTY": "no row or text to work on",
     "DATA_TEXT": "text that is not UTF-8, or a row that cannot be read",
     # bundles
