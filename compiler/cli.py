@@ -18,6 +18,7 @@ import click
 from compiler.cli_bench import bench_command
 from compiler.cli_compare import compare_command
 from compiler.cli_delta import delta_group
+from compiler.cli_distil import distil_command
 from compiler.cli_parts import AS_JSON, DELTAS, OUT
 from compiler.cli_parts import finish as _finish
 from compiler.cli_parts import mixture as _mixture
@@ -386,6 +387,7 @@ for command in (
     cache_group,
     compare_command,
     delta_group,
+    distil_command,
     explain_command,
     rebuild_command,
     sbom_command,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compiler.checkpoints.resolve import open_checkpoint
 from compiler.checkpoints.write import write_checkpoint
 from compiler.delta_tools import account, publishing
+from compiler.distil.ask import Distil
 from compiler.errors import RecipeError
 from compiler.progress import Progress
+from compiler.recipe import parse_part
 from compiler.record import Stopwatch
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture
+from compiler.stages import distil as distil_stage
 from compiler.stages import export as export_stage
 from compiler.stages.keep import AS_IS, schemes_for
 from compiler.stages.quantize import quantized_view
+from compiler.store import Store
 
 
 def merge_files(mixture: Mixture, dtype: str | None, out: Path, progress: Progress) -> dict[str, Any]:
@@ -25,6 +31,25 @@ def merge_files(mixture: Mixture, dtype: str | None, out: Path, progress: Progre
         with progress.stage("merge", str(mixture)):
             write_checkpoint(sources.merged, work, dtype=dtype, progress=progress.update)
     return account(out, watch, lineage=sources.lineage)
+
+
+def distil_files(mixture: Mixture, asked: Mapping[str, Any], data: Path | None, task: str | None, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
+    """`trimtab distil`: a trained student on disk. asked: keys of `distil` in a recipe, without data."""
+    from compiler.quantizers.windows import calibration_set
+
+    watch = Stopwatch()
+    ask, rows, here = parse_part(Distil, asked, "distil"), calibration_set(data, "--data"), Path()
+    with publishing(out) as work:
+        sources = mixture.open()
+        step = distil_stage.distil_step(ask, sources, rows, task, None, seed, here)
+        planned = distil_stage.planned_student(sources, step, ask, here)
+        with progress.stage("distil", f"{planned.merged.parameter_count / 1e6:.1f} M parameters of {sources.merged.parameter_count / 1e6:.1f} M"):
+            store = Store.default()
+            made = distil_stage.distilled_sources(planned, ask, rows, store, progress.update, here)
+        write_checkpoint(open_checkpoint(made.merged.origin), work)
+    told = distil_stage.told_of(step, store)["distil"]
+    facts = {key: told[key] for key in ("measure", "before", "after", "steps", "tokens", "best_step", "parameters", "dropped", "checks")}
+    return account(out, watch, lineage=planned.lineage, **facts)
 
 
 def quantize_files(mixture: Mixture, scheme: str, out: Path, progress: Progress) -> dict[str, Any]:

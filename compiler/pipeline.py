@@ -31,6 +31,7 @@ from compiler.report.verdict import PASS, Verdict
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Sources, mixture_of
 from compiler.stages import codes, package
+from compiler.stages import distil as distil_stage
 from compiler.stages import export as export_stage
 from compiler.stages.keep import AS_IS, codes_for
 from compiler.stages.quantize import predicted_bytes
@@ -58,7 +59,8 @@ def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, sc
     evaluate = {**suite.parts, "seed": recipe.seed}
     steps = codes.code_steps(recipe, sources.weights, schemes, options["road"])
     plan = make_plan(recipe.name, target.profile, sources.identity, options, evaluate, steps)
-    return replace(plan, steps=(plan.steps[0], sources.smooth, *plan.steps[1:])) if sources.smooth else plan
+    ahead = [step for step in (sources.distil, sources.smooth) if step]
+    return replace(plan, steps=(plan.steps[0], *ahead, *plan.steps[1:]))
 
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
@@ -74,7 +76,8 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
         measured = auto.stored_sensitivity(step, store)
         if measured is None:
             unknown = {"unknown": "auto chooses once the sensitivities are measured, which compiling does"}
-            steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), step)).rows(store)
+            distil = [sources.distil] if sources.distil else []
+            steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), *distil, step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.weights, measured, profile, target.limits, recipe.quantize.fixed).choose()
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
@@ -89,6 +92,8 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
 def _planned(recipe: Recipe) -> Sources:
     """Base and deltas, and the smoothing that the recipe asks for, not done yet. Raises RecipeError where it cannot be."""
     sources = mixture_of(recipe).open()
+    if recipe.distil:
+        sources = _with_student(recipe, sources)
     if not recipe.quantize.smooth:
         return sources
     if sources.attached or export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
@@ -98,6 +103,34 @@ def _planned(recipe: Recipe) -> Sources:
         raise RecipeError("quantize.smooth", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="remove one of them")
     schemes = Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes
     return replace(sources, smooth=smooth_step(sources.identity, schemes, recipe.quantize.method, codes.calibration_text(recipe).digest))
+
+
+def _with_student(recipe: Recipe, sources: Sources) -> Sources:
+    """The sources with the student that the recipe asks for, not made yet. Raises RecipeError where it cannot be."""
+    ask = recipe.distil
+    assert ask is not None
+    if sources.attached:
+        raise RecipeError("distil", expected="merged deltas", found="deltas.mode attached", remedy="remove one of them")
+    if recipe.quantize.scheme == AS_IS:
+        raise RecipeError("distil", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="choose a scheme")
+    if ask.quantized and (recipe.quantize.auto or recipe.quantize.method != "rtn" or recipe.quantize.smooth or recipe.quantize.tune):
+        expected = "one scheme, method rtn, neither smooth nor tune: what is trained is what is rounded to nearest"
+        raise RecipeError("distil.quantized", expected=expected, found="another quantizer", remedy="change `quantize`, or remove distil.quantized")
+    schemes = recipe.quantize.schemes if ask.quantized else None
+    step = distil_stage.distil_step(ask, sources, codes.training_rows(recipe), recipe.task, schemes, recipe.seed, recipe.folder)
+    return distil_stage.planned_student(sources, step, ask, recipe.folder)
+
+
+def _made(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> Sources:
+    """The sources once student and smoothing that were planned are there: from the store, or made now."""
+    if sources.distil and recipe.distil:
+        size = f"{sources.merged.parameter_count / 1e6:.1f} M parameters of {sources.reference.parameter_count / 1e6:.1f} M"
+        with progress.stage("distil", size + (" (cached)" if store.get(sources.distil.key) else "")):
+            sources = distil_stage.distilled_sources(sources, recipe.distil, codes.training_rows(recipe), store, progress.update, recipe.folder)
+    if sources.smooth:
+        with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
+            sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    return sources
 
 
 def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
@@ -119,10 +152,7 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     for item, _ in [] if recipe.quantize.auto else targets:
         _plan(recipe, sources, suite, item)  # what cannot be built is told before anything is made
     package.require_writable(out)
-    if sources.smooth:
-        with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
-            sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
-    run = Run(recipe, sources, suite, store, progress, max_seconds)
+    run = Run(recipe, _made(recipe, sources, store, progress), suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
@@ -131,8 +161,7 @@ def export_again(recipe: Recipe, options: Mapping[str, Any], store: Store, progr
     with progress.stage("merge", str(mixture_of(recipe))):
         sources = _planned(recipe)
         check(sources)
-    if sources.smooth:
-        sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    sources = _made(recipe, sources, store, progress)
     steps = codes.code_steps(recipe, sources.weights, export_stage.schemes_in(options), options["road"])
     plan = make_plan(recipe.name, "", sources.identity, options, {}, steps)
     run = Run(recipe, sources, cast(Suite, None), store, progress)  # a suite is what evaluating asks for
@@ -179,8 +208,7 @@ class Run:
         exported, export_record = self._export(plan, self.sources, made)
         evaluation, evaluate_record = self._evaluate(plan, exported, made)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
-        smooth = [Record("smooth", step.key, [self.sources.merged.digest], ["scales"], dict(step.params)) for step in plan.steps if step.stage == "smooth"]
-        records = [merged, *smooth, *quantized, export_record, evaluate_record]
+        records = [merged, *self._ahead(), *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
@@ -197,9 +225,16 @@ class Run:
             document = _document(self.recipe.name, profile, verdict, facts, records, evaluation, summary["layers"], series)
             document["target"] |= judge.emulation(measured)
             document |= self.chosen.for_report(summary["layers"]) if self.chosen else {}
+            document |= distil_stage.told_of(self.sources.distil, self.store)
             document["adapters"] = self._cost(item, profile, work, summary["model"])
             document |= self._standing(plan, document, verdict)
             return _finish(work, place, document, facts, verdict)
+
+    def _ahead(self) -> list[Record]:
+        """Accounts of the steps between merge and the first codes."""
+        distil, smooth = self.sources.distil, self.sources.smooth
+        made = [Record("distil", distil.key, [self.sources.reference.digest], ["student"], dict(distil.params))] if distil else []
+        return made + ([Record("smooth", smooth.key, [self.sources.merged.digest], ["scales"], dict(smooth.params))] if smooth else [])
 
     def _standing(self, plan: Plan, document: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
         """Where this build stands among earlier ones, and what it saves."""
@@ -279,7 +314,8 @@ class Run:
         base, how = self.sources.merge.base, (files, self.suite, self.progress.update, self.recipe.seed)
         if self.sources.attached:
             return evaluate_attached({name: one.merged for name, one in self.sources.attached.items()}, base, *how)
-        return evaluate(self.sources.merged, base if self.recipe.deltas.items else None, *how)
+        student = self.sources.merged if self.sources.teacher else None
+        return evaluate(self.sources.reference, base if self.recipe.deltas.items else None, *how, student=student)
 
     def _facts(self, profile: Profile, item: TargetItem, model: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         """The manifest but for its files. Seconds and memory of this run stay out: they differ from run to run."""

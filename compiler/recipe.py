@@ -10,13 +10,14 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from compiler.deltas.combine import Combine, combine_named
 from compiler.deltas.select import Selection, selection
+from compiler.distil.ask import Distil
 from compiler.economics import Alternative, Cost
 from compiler.errors import RecipeError
 from compiler.evaluation.noise import NOISES
@@ -25,6 +26,7 @@ from compiler.scenarios import Batch, ColdStart, Part, Scenarios, Server
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
 
+PartOf = TypeVar("PartOf", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 DIGEST = r"^[0-9a-f]{64}$"
 
@@ -222,7 +224,7 @@ class Recipe(Part):
     base: str
     deltas: Deltas = Deltas()
     combine: CombineItem = CombineItem()
-    distil: None = None
+    distil: Distil | None = None
     quantize: Quantize = Quantize()
     evaluate: Evaluate = Evaluate()
     targets: Sequence[TargetItem] = (TargetItem(),)
@@ -286,6 +288,14 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
     _ = recipe.quantize.fixed if recipe.quantize.chosen_later else recipe.quantize.schemes  # an unknown scheme is told now, not after the merge
     recipe._folder = path.resolve().parent  # a private attribute: set once here, pydantic keeps it out of equality and dumps
     return recipe
+
+
+def parse_part(part: type[PartOf], raw: Mapping[str, Any], name: str) -> PartOf:
+    """One section of a recipe that came from elsewhere, such as options. Raises RecipeError that names keys as in a recipe: `distil.layers`."""
+    try:
+        return part.model_validate(dict(raw))
+    except ValidationError as error:
+        raise _first_problem(error, Path(name), inside=(name,)) from error
 
 
 def parse_limits(settings: Sequence[str]) -> dict[str, float]:
@@ -377,6 +387,7 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         "batch": Batch,
         "cold_start": ColdStart,
         "cost": Cost,
+        "distil": Distil,
         "alternative": Alternative,
     }
     for part in location:

@@ -80,7 +80,10 @@ def mixture_of(recipe: Recipe) -> Mixture:
 class Sources:
     """Base and deltas, bound: the merged checkpoint is a view, nothing is read yet.
 
+    merged    what is built: base and deltas, or the student of them
     attached  name -> base and one delta that stays unmerged; `merged` of the whole is then the base alone
+    teacher   what `merged` was distilled from, and what the bundle is compared with; None without a student
+    distil    the step that makes the student, if any
     smooth    the step that changes the weights before they are rounded, if any
     scales    what that step gave, by fused matrix
     """
@@ -88,8 +91,15 @@ class Sources:
     merge: MergePlan
     merged: Checkpoint
     attached: Mapping[str, Sources] = field(default_factory=dict)
+    teacher: Checkpoint | None = None
+    distil: Step | None = None
     smooth: Step | None = None
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Checkpoint:
+        """What accuracy is measured against: the merged fp32 model, also where a student of it is built."""
+        return self.teacher or self.merged
 
     @cached_property
     def weights(self) -> Checkpoint:
@@ -105,6 +115,7 @@ class Sources:
         deltas = [{key: row[key] for key in IDENTITY} for row in record["deltas"]]
         tokenizer = {"tokenizer": record["tokenizer"]} if record["tokenizer"] else {}
         alone = {"attached": {name: one.identity["deltas"] for name, one in self.attached.items()}} if self.attached else {}
+        distil = {"distil": self.distil.key} if self.distil else {}
         smooth = {"smooth": self.smooth.key} if self.smooth else {}
         return {
             "base": self.merge.base.digest,
@@ -113,6 +124,7 @@ class Sources:
             "select": record["select"],
             **tokenizer,
             **alone,
+            **distil,
             **smooth,
         }
 

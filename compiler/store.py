@@ -30,6 +30,7 @@ from targets.machine import cache_folder
 ENTRY = "entry.json"
 SCHEMA = 2  # of entry.json
 MAKING = "making-"
+SCRATCH, IN_USE = "scratch", ".in-use"
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -176,6 +177,23 @@ class Store:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    @contextmanager
+    def scratch(self, key: str) -> Iterator[Path]:
+        """A folder for what a step keeps on its way, to go on from when it is killed; in use while inside, so that `collect` leaves it."""
+        folder = self.root / SCRATCH / key
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield folder
+        finally:
+            os.close(handle)
+
+    def forget(self, key: str) -> None:
+        """Remove a scratch folder: the step is done."""
+        shutil.rmtree(self.root / SCRATCH / key, ignore_errors=True)
+
     def entries(self, verify: bool = False) -> list[Entry]:
         """Every entry, the last used first; `verify` reads every byte. Changes nothing."""
         folder = self.root / "entries"
@@ -194,6 +212,13 @@ class Store:
                     shutil.rmtree(leftover, ignore_errors=True)
         found = self.entries(verify=True)
         held, removed = sum(entry.size_bytes for entry in found), []
+        for folder in (self.root / SCRATCH).glob("*"):
+            size = sum(path.lstat().st_size for path in folder.rglob("*"))
+            with locked(folder / IN_USE, wait=False) as free:
+                if free and held + size > most_bytes:
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    held += size
         for entry in sorted(found, key=lambda entry: (bool(entry.intact), entry.used)):
             if (entry.intact and held <= most_bytes) or not self._remove(entry):
                 continue

@@ -2,6 +2,7 @@
 
     base      before the deltas: what merging changed was asked for, so it is told apart and never blamed for a drift
     merge     the merged fp32 weights: the reference
+    distil    the student of it, in float32, where there is one
     quantize  torch, float32, with the weights that the scheme leaves (`faithful.see_through`): the rounding of weights alone
     export    the graph as it ships: kernels and rounding of activations on top
 
@@ -74,21 +75,26 @@ class TokenStages:
         self.rows += [{"stage": stage, "metric": "nll_mean", "value": float(nll.mean()), **facts}]
 
 
-def text_stages(reference: np.ndarray, quantized: np.ndarray, bundle: np.ndarray) -> list[dict[str, Any]]:
-    """Encoders: 1 - mean cosine to the merged model's output, [texts, width] each."""
-    pairs = (("merge", reference), ("quantize", quantized), ("export", bundle))
-    return [{"stage": stage, "metric": "cosine_loss", "value": float(1 - cosine(reference, output).mean()), "samples": len(output)} for stage, output in pairs]
+def text_stages(reference: np.ndarray, after: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Encoders: 1 - mean cosine to the merged model's output, [texts, width] each, of the model as it stands after each stage."""
+    stages = {"merge": reference, **after}
+    return [
+        {"stage": stage, "metric": "cosine_loss", "value": float(1 - cosine(reference, output).mean()), "samples": len(output)}
+        for stage, output in stages.items()
+    ]
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows by metric, then in the order of the stages."""
-    order = ("base", "merge", "quantize", "export")
+    order = ("base", "merge", "distil", "quantize", "export")
     return sorted((dict(row) for row in rows), key=lambda row: (row["metric"], order.index(row["stage"])))
 
 
 def blamed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The stage that cost more of the drift: quantize or export; "quantize + export" where nothing was attributed."""
+    """The stage that cost most of the drift: distil, quantize or export; "quantize + export" where nothing was attributed."""
     values = {row["stage"]: row["value"] for row in rows if row["metric"] in LOSSES}
     if "quantize" not in values or "export" not in values:
         return "quantize + export"
-    return "quantize" if values["quantize"] >= values["export"] - values["quantize"] else "export"
+    costs = {"quantize": values["quantize"] - values.get("distil", 0.0), "export": values["export"] - values["quantize"]}
+    costs |= {"distil": values["distil"]} if "distil" in values else {}
+    return max(costs, key=lambda stage: costs[stage])

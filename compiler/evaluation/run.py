@@ -15,13 +15,16 @@ from compiler.evaluation.suite import Suite
 __all__ = ["ChatFormat", "Exported", "Subject", "evaluate", "evaluate_attached", "unpackaged"]
 
 
-def evaluate(merged: Checkpoint, base: Checkpoint | None, exported: Exported, suite: Suite, report: Report, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    merged: Checkpoint, base: Checkpoint | None, exported: Exported, suite: Suite, report: Report, seed: int = 0, student: Checkpoint | None = None
+) -> dict[str, Any]:
     """{"metrics": {name: {value, low, high, samples}}, "task": [...], "samples": [...], "stages": [...], "faithful": {...}, "data": {...}}.
 
     merged     the reference: the merged fp32 weights
     base       the base before the deltas, to show what they bring; None when there are none
+    student    what was distilled from `merged` and exported in its place; None where that itself was
     """
-    run = (DecoderRun if exported.model["kind"] == "decoder" else EncoderRun)(Subject(merged, base, exported), suite, report, seed)
+    run = (DecoderRun if exported.model["kind"] == "decoder" else EncoderRun)(Subject(merged, base, exported, student=student), suite, report, seed)
     return {**run.run(), "data": dict(suite.told)}
 
 

@@ -91,10 +91,17 @@ class DecoderRun:
         self.stages.scored(self.found[""].scores)
         same: dict[str, Any] = {}
         if not self.subject.adapter:
-            self.subject.exported.weights_of(model, self.subject.merged.config)
+            if self.subject.student is not None:
+                del model, self._reference
+                model = reference_model(self.subject.student, "text-generation")
+                self.stages.after("distil", decoder.merged_logits(model))
+            self.subject.exported.weights_of(model, (self.subject.student or self.subject.merged).config)
             self.stages.after("quantize", decoder.merged_logits(model))
-            same = {**faithful.check(model, self.subject.exported.directory, self.subject.exported.model), "model": "merged"}
-        del model, self._reference
+            same = {
+                **faithful.check(model, self.subject.exported.directory, self.subject.exported.model),
+                "model": "student" if self.subject.student else "merged",
+            }
+        del model
         if self.subject.base is not None:
             self._before(self.subject.base)
         for name in self.sheets:

@@ -62,12 +62,16 @@ class EncoderRun:
         """Everything that `compiler.evaluation.run.evaluate` promises but for the data section."""
         model = reference_model(self.subject.merged, self.spec["task"])
         outputs = {name: {MERGED: self._reference(model, one.texts), BUNDLE: self.runtime.encode(one.texts)} for name, one in self.sets.items()}
-        stored = self.subject.exported.weights_of(model, self.subject.merged.config)
-        texts, main = self.sets[""].texts, outputs[""]
+        texts, main, student = self.sets[""].texts, outputs[""], self.subject.student
         places = attribution.picked([1] * len(texts), attribution.MOST_TEXTS)
-        quantized = self._reference(stored, [texts[place] for place in places])
-        stages = attribution.text_stages(main[MERGED][places], quantized, main[BUNDLE][places])
-        same = {**faithful.check(stored, self.subject.exported.directory, self.spec), "model": "merged"}
+        after = {}
+        if student is not None:
+            model = reference_model(student, self.spec["task"])
+            after["distil"] = self._reference(model, [texts[place] for place in places])
+        stored = self.subject.exported.weights_of(model, (student or self.subject.merged).config)
+        after |= {"quantize": self._reference(stored, [texts[place] for place in places]), "export": main[BUNDLE][places]}
+        stages = attribution.text_stages(main[MERGED][places], after)
+        same = {**faithful.check(stored, self.subject.exported.directory, self.spec), "model": "student" if student else "merged"}
         del model, stored
         if CONTROL in outputs and self.subject.base is not None and answers_alone(self.subject.base, self.spec):
             before = reference_model(self.subject.base, self.spec["task"])

@@ -28,13 +28,15 @@ BASE, MERGED, BUNDLE = "base", "base+delta fp32", "bundle"  # the systems of a t
 class Subject:
     """What is compared: a merged checkpoint and the exported files, with one of their unmerged adapters where `adapter` names it.
 
-    base  the base before the deltas, to show what they bring; None when there are none
+    base     the base before the deltas, to show what they bring; None when there are none
+    student  what was distilled from the merged model and exported in its place; None where that itself was
     """
 
     merged: Checkpoint
     base: Checkpoint | None
     exported: Exported
     adapter: str = ""
+    student: Checkpoint | None = None
 
 
 @dataclass(frozen=True)

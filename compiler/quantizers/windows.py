@@ -16,13 +16,13 @@ WINDOW = 512  # tokens
 WINDOWS = 32  # at most; 16k tokens already fix a second moment of 1536 inputs within the damping
 
 
-def calibration_set(path: Path | None) -> EvaluationSet:
+def calibration_set(path: Path | None, place: str = "quantize.calibration") -> EvaluationSet:
     """Rows to calibrate on: a file (text, or JSONL of chats or texts), or the built-in set. Raises RecipeError as `load_rows` does.
 
     The built-in set is other text than the built-in evaluation text: a score on what was calibrated on would flatter.
     """
     if path is not None:
-        return load_rows(path, place="quantize.calibration")
+        return load_rows(path, place=place)
     data = resources.files("compiler").joinpath("data/calibration.txt").read_bytes()
     return EvaluationSet((Row(text=data.decode()),), hashlib.sha256(data).hexdigest(), "builtin")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from compiler.errors import BundleError
-from compiler.report.parts import Economics, EffectRow, Number, Part, Position, RobustnessRow
+from compiler.report.parts import Distil, Economics, EffectRow, Number, Part, Position, RobustnessRow
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS
 
 SCHEMA = 1
@@ -228,6 +228,7 @@ class Report(Part):
     records: tuple[RecordRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     allocation: Allocation | None = None
+    distil: Distil | None = None
     latency: dict[str, tuple[Number, ...] | dict[str, int] | int] = Field(default_factory=dict)
     stages: tuple[StageLoss, ...] = ()
     task: tuple[TaskRow, ...] = ()

@@ -60,6 +60,7 @@ def sections(report: Report) -> dict[str, Any]:
         "latency": [series_row(report, name, samples) for name, samples in report.series.items()],
         "tasks": task_tables(report.task),
         "adapters": task_tables(report.adapters),
+        "student": extra.student(report),
         "kinds": size_by_kind(report.layers),
         "stages": stage_tables(report),
         "robustness": extra.robustness(report),

@@ -100,6 +100,12 @@ def extra_tables(report: Report) -> Iterator[tuple[str, str]]:
             for line in sections.robustness(report)
         ]
         yield "With noisy input", table(("noise", "metric", "full model", "bundle", "costs the bundle more by"), rows)
+    told = sections.student(report)
+    if told:
+        rows = [["teacher", told["sizes"][0], "0"], ["student as cut", told["sizes"][1], words.number(told["row"].before)]]
+        rows.append(["student as trained", told["sizes"][1], words.number(told["row"].after)])
+        body = table(("model", "parameters", escaped(told["row"].measure) + ", held out"), rows)
+        yield "The student", f"{body}\n\n{escaped(told['sentence'])} Data: {escaped(told['data'])}."
     if report.side_effects:
         rows = [[escaped(line["label"]), *line["values"], escaped(line["change"]), escaped(line["whose"])] for line in sections.side_effects(report)]
         yield "Outside of the task", table(("metric", "base", "full model", "bundle", "change", "mostly due to"), rows)

@@ -36,6 +36,37 @@ class RobustnessRow(Part):
     samples: int | None = None
 
 
+class DistilCheck(Part):
+    """What the held-out items said after a step; loss: mean of the training loss since the check before."""
+
+    step: int
+    held: Number
+    loss: Number
+
+
+class Dropped(Part):
+    """A layer that the student does without, and its block influence when it went."""
+
+    layer: int
+    influence: Number
+
+
+class Distil(Part):
+    """The student: what of the teacher it kept, and what training changed. measure: what before, after and the checks are; best_step 0: nothing better came."""
+
+    measure: str = ""
+    before: Number
+    after: Number
+    steps: int = 0
+    tokens: int = 0
+    best_step: int = 0
+    held: int = 0
+    parameters: dict[str, int] = Field(default_factory=dict)
+    dropped: tuple[Dropped, ...] = ()
+    checks: tuple[DistilCheck, ...] = ()
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class EffectRow(Part):
     """A metric of the control set by system; change: bundle less base (a perplexity: the ratio). stage: whose doing more of it is, where known."""
 

@@ -288,6 +288,24 @@ def frontier(points: Sequence[tuple[float, float, str]], chosen: tuple[float, fl
     return canvas(parts, "KL over size: the frontier, the chosen point and the measured one")
 
 
+def course(points: Sequence[tuple[int, float]], measure: str) -> Markup:
+    """A loss on held-out items over the steps of training, from 0; nothing for fewer than two checks."""
+    drawn = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    if len(drawn) < 2:
+        return Markup("")
+    axis, floor = Axis(0, max(step for step, _ in drawn)), HEIGHT - BOTTOM
+    top = max(loss for _, loss in drawn) * 1.1 or 1.0
+    places = [(axis.x(step), floor - loss / top * (floor - 16), step, loss) for step, loss in drawn]
+    parts = frame(axis, [], f"steps; {measure}")
+    for share in (0.0, 0.5, 1.0):
+        y = floor - share / 1.1 * (floor - 16)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end" class="tick">{top / 1.1 * share:.2g}</text>')
+    parts.append('<path d="M' + "L".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places) + '" class="curve" style="fill:none"/>')
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="plain"><title>step {step}: {number(loss)}</title></circle>' for x, y, step, loss in places]
+    return canvas(parts, f"{escape(measure)}, held out, by step")
+
+
 def builds(points: Sequence[BuildPoint], loss: str) -> Markup:
     """Loss (logarithmic) over size in MB of several builds: the front as a line, others as small discs, this one ringed."""
     drawn = [point for point in points if point.loss > 0 and math.isfinite(point.loss)]

@@ -54,6 +54,32 @@ def position(report: Report) -> dict[str, Any] | None:
     return {"plot": plots.builds(builds, name), "rows": rows, "loss": name, "sentence": sentence}
 
 
+def student(report: Report) -> dict[str, Any] | None:
+    """Sizes, what training changed, the course of it as a drawing, and the layers that went."""
+    told = report.distil
+    if told is None:
+        return None
+    sizes = [told.parameters.get(name, 0) for name in ("teacher", "student")]
+    settings = told.settings
+    objectives = " + ".join(f"{weight:g} {name}" for name, weight in dict(settings.get("objectives") or {}).items())
+    if not told.steps:
+        sentence = "It was not trained."
+    elif not told.best_step:
+        sentence = "Training brought nothing better: the student is as it was cut."
+    else:
+        sentence = f"Best after step {told.best_step} of {told.steps} ({told.tokens:,} tokens, {objectives}, {settings.get('train')})."
+    data = dict(settings.get("data") or {})
+    return {
+        "row": told,
+        "sizes": [words.number(size / 1e6) + " M" for size in sizes],
+        "share": words.percent(sizes[1] / sizes[0]) if sizes[0] else "–",
+        "sentence": sentence,
+        "data": f"{data.get('origin', '?')} ({data.get('rows', '?')} rows, sha256 {str(data.get('sha256', ''))[:12]})",
+        "dropped": ", ".join(f"{row.layer} ({words.number(row.influence)})" for row in told.dropped),
+        "plot": plots.course([(check.step, check.held) for check in told.checks], told.measure),
+    }
+
+
 def costs(report: Report) -> list[dict[str, Any]]:
     """A line for each stage: time with its bar, processor time, memory, bytes, energy."""
     economics = report.economics

@@ -55,6 +55,14 @@ def calibration_text(recipe: Recipe) -> EvaluationSet:
     return calibration_set(None if named == "builtin" else recipe.folder / named)
 
 
+def training_rows(recipe: Recipe) -> EvaluationSet:
+    """What a student is trained on. Raises RecipeError."""
+    named = recipe.distil.data if recipe.distil else "builtin"
+    if named == "recipe":
+        return unscored_rows(_data_file(recipe), recipe.evaluate.limit_rows)[0]
+    return calibration_set(None if named == "builtin" else recipe.folder / named, "distil.data")
+
+
 def _data_file(recipe: Recipe) -> Path | None:
     return recipe.folder / recipe.evaluate.data if recipe.evaluate.data else None
 

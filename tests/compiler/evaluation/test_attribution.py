@@ -67,7 +67,7 @@ def test_the_costlier_stage_is_blamed(quantized: float | None, exported: float, 
 
 def test_texts_by_cosine() -> None:
     reference = np.eye(4)
-    rows = {row["stage"]: row["value"] for row in text_stages(reference, reference + 0.1, reference + 0.5)}
+    rows = {row["stage"]: row["value"] for row in text_stages(reference, {"quantize": reference + 0.1, "export": reference + 0.5})}
     assert rows["merge"] == pytest.approx(0) and 0 < rows["quantize"] < rows["export"]
 
 
