@@ -50,8 +50,16 @@ def damped_moment(moment: np.ndarray, width: int, damping: float = DAMPING) -> n
 
 
 def inverse_factor(moment: np.ndarray) -> np.ndarray:
-    """U upper triangular, float32, U^T U = H^-1 (rule 4). H = diag(4, 1) -> diag(0.5, 1)."""
-    return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(moment)).T.astype(np.float32))
+    """U upper triangular, float32, U^T U = H^-1 (rule 4). H = diag(4, 1) -> diag(0.5, 1).
+
+    With J the reversal of rows and columns and J H J = L L^T, R = J L J is upper triangular, H = R R^T, and U = R^-1: one factor and one triangular inverse.
+    """
+    from scipy.linalg import lapack
+
+    lower = np.linalg.cholesky(moment[::-1, ::-1])
+    inverse, fault = lapack.dtrtri(lower[::-1, ::-1], lower=0)
+    assert fault == 0  # a factor has no zero on its diagonal
+    return np.ascontiguousarray(np.triu(inverse).astype(np.float32))
 
 
 def _rows(weight: np.ndarray, scheme: Scheme, moment: np.ndarray, order: np.ndarray, factor: np.ndarray) -> Quantized:
@@ -100,9 +108,10 @@ def refit(padded: np.ndarray, quantized: Quantized, moment: np.ndarray) -> Quant
     size = steps.shape[1] // groups
     cross = (padded @ moment * steps).reshape(rows, groups, size).sum(axis=2)
     square = np.empty((rows, groups, groups), np.float32)
-    for group in range(groups):
-        inside = slice(group * size, (group + 1) * size)
-        square[:, group] = (steps[:, inside] @ moment[inside] * steps).reshape(rows, groups, size).sum(axis=2)
+    for group in range(groups):  # symmetric: what is left of the diagonal was right of it in a group before
+        inside, rest = slice(group * size, (group + 1) * size), slice(group * size, None)
+        square[:, group, group:] = np.einsum("rgs->rg", (steps[:, inside] @ moment[inside, rest] * steps[:, rest]).reshape(rows, groups - group, size))
+        square[:, group:, group] = square[:, group, group:]
     square += np.eye(groups, dtype=np.float32) * (1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] / groups + np.finfo(np.float32).tiny)
     solved = np.linalg.solve(square.astype(np.float64), cross.astype(np.float64)[..., None])[..., 0].astype(np.float32)
     return Quantized(quantized.codes, storable(solved, quantized.scheme), quantized.zero_points, quantized.scheme, quantized.width)
