@@ -251,9 +251,10 @@ class Chooser:
 
 def settle(chooser: Chooser, build: Callable[[Chosen], Built]) -> Built:
     """Rule 4: choose, build, look at the verdict, and choose again while a limit that can be steered was missed."""
-    outcome = build(chooser.choose(curve=True))
+    chosen = chooser.choose(curve=True)
+    outcome = build(chosen)
     for _ in range(ROUNDS - 1):
-        moved = moved_limits(outcome.document["verdict"]["checks"], chooser.moved)
+        moved = moved_limits(outcome.document["verdict"]["checks"], chooser.moved, chosen.expected)
         if moved is None:
             break
         chooser = replace(chooser, moved=moved)
@@ -265,10 +266,11 @@ def settle(chooser: Chooser, build: Callable[[Chosen], Built]) -> Built:
     return outcome
 
 
-def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float]) -> dict[str, float] | None:
+def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float], expected: Mapping[str, float]) -> dict[str, float] | None:
     """Rule 4: new factors after a verdict, or None when no limited quantity that can be steered was missed.
 
-    {"name": "size_mb", "measured": 101, "limit": 100, "outcome": "FAIL"} -> {"size_mb": 0.99 * 0.998}
+    {"name": "size_mb", "measured": 101, "limit": 100, "outcome": "FAIL"}, expected 100 -> {"size_mb": 0.99 * 0.998}; expected 80, as where the limit
+    did not bind: {"size_mb": 0.8 * 0.99 * 0.998}
     """
     found = dict(moved)
     for check in checks:
@@ -277,5 +279,7 @@ def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float]
         worst = check["high"] if check.get("high") is not None and np.isfinite(check["high"]) else check["measured"]
         missed = check["outcome"] == "FAIL" or (name == "kl_mean" and check["outcome"] == "INCONCLUSIVE")
         if steerable and missed and limit and np.isfinite(worst) and worst > limit:
-            found[name] = found.get(name, 1.0) * limit / worst * 0.998
+            timed = PERCENTILE.fullmatch(name)
+            foreseen = expected.get(f"{timed['series']}_ms" if timed else name, np.inf) * (HEADROOM if timed else 1.0) / limit
+            found[name] = min(found.get(name, 1.0), foreseen) * limit / worst * 0.998
     return found if found != dict(moved) else None

@@ -286,7 +286,16 @@ def test_what_cannot_be_steered_is_left_alone() -> None:
         {"name": "kl_mean", "measured": 0.5, "high": float("inf"), "limit": 1.0, "outcome": "INCONCLUSIVE"},
         {"name": "size_mb", "measured": 0.5, "limit": 1.0, "outcome": "PASS"},
     ]
-    assert auto.moved_limits(rows, {}) is None
+    assert auto.moved_limits(rows, {}, {}) is None
+
+
+def test_a_limit_that_did_not_bind_is_moved_from_what_was_expected() -> None:
+    """Expected 6 ms under a limit of 13, measured 15: from where it stood, 13/15 of the limit would still let everything through."""
+    row = {"name": "tpot_p95_ms", "measured": 14.0, "high": 15.0, "limit": 13.0, "outcome": "FAIL"}
+    (moved,) = auto.moved_limits([row], {}, {"tpot_ms": 6.0}).values()
+    assert 13.0 * moved / auto.HEADROOM == pytest.approx(6.0 * 13 / 15 * 0.998)
+    (again,) = auto.moved_limits([row], {"tpot_p95_ms": moved}, {"tpot_ms": 6.0 * 13 / 15}).values()
+    assert again < moved
 
 
 def test_recipes_say_auto(tmp_path) -> None:
