@@ -65,7 +65,9 @@ def accuracy(report: Mapping[str, Any], data: str) -> dict[str, dict[str, Any]]:
     """Metric -> {value, low, high}: Spearman where there are pairs (the merged fp32 model's too), else KL and agreement."""
     checks = {row["name"]: row for row in report["verdict"]["checks"]}
     wanted = ("spearman", "spearman_drop", "cosine_mean", "kl_mean", "top1_agreement", "perplexity_ratio")
-    found = {f"{name}@{data}": {"value": checks[name]["measured"], **{end: checks[name].get(end) for end in ("low", "high")}} for name in wanted if name in checks}
+    found = {
+        f"{name}@{data}": {"value": checks[name]["measured"], **{end: checks[name].get(end) for end in ("low", "high")}} for name in wanted if name in checks
+    }
     for row in report["task"]:
         if row["metric"] == "spearman" and row["system"] != "bundle":
             found[f"spearman_fp32@{data}"] = {name: row.get(name) for name in ("value", "low", "high")}

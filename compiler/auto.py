@@ -52,6 +52,8 @@ WINDOWS = 8  # of 512 tokens of the calibration text
 SENSITIVITY_VERSION = 2
 ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
+CLOSE = 1.25  # a latency that is not proven but this near to its limit is aimed at again,
+PROVABLE = 1.05  # so much lower: what lies on the limit takes more samples than there is time for
 GRAPH_MB = 0.55  # model.onnx, configs and self-test beside weights and tokenizer
 CURVE = 12  # points of the size / KL curve in the report
 
@@ -277,9 +279,12 @@ def moved_limits(checks: Sequence[Mapping[str, Any]], moved: Mapping[str, float]
         name, limit = check["name"], check["limit"]
         steerable = name in ("size_mb", "kl_mean", "peak_rss_mb") or name.startswith(("tpot_", "ttft_"))
         worst = check["high"] if check.get("high") is not None and np.isfinite(check["high"]) else check["measured"]
-        missed = check["outcome"] == "FAIL" or (name == "kl_mean" and check["outcome"] == "INCONCLUSIVE")
+        timed, unproven = PERCENTILE.fullmatch(name), check["outcome"] == "INCONCLUSIVE"
+        close = bool(timed and limit and limit / CLOSE < check["measured"] < limit * CLOSE)
+        if unproven and close:  # far from the limit it is the machine that is busy, and no other choice would help
+            worst = max(check["measured"], limit) * PROVABLE
+        missed = check["outcome"] == "FAIL" or (unproven and (name == "kl_mean" or close))
         if steerable and missed and limit and np.isfinite(worst) and worst > limit:
-            timed = PERCENTILE.fullmatch(name)
             foreseen = expected.get(f"{timed['series']}_ms" if timed else name, np.inf) * (HEADROOM if timed else 1.0) / limit
             found[name] = min(found.get(name, 1.0), foreseen) * limit / worst * 0.998
     return found if found != dict(moved) else None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.distil.trim import DEPTH, HEADS, KEY_HEADS, Cut, Sizes, cut, head_size_of
+from compiler.distil.trim import DEPTH, HEADS, KEY_HEADS, Cut, Sizes, cut
 from compiler.reference import reference_model
 
 Report = Callable[[str, int, int], None]
@@ -47,7 +47,6 @@ def choose(teacher: Checkpoint, task: str, feeds: Sequence[Feed], sizes: Sizes, 
         if sizes.heads is not None:
             keys = int(teacher.config.get(KEY_HEADS) or teacher.config[HEADS])
             of_groups = np.sqrt(np.square(entering["attention"][new]).reshape(keys, -1).sum(axis=1))
-            assert of_groups.size * head_size_of(teacher.config) <= entering["attention"][new].size
             groups[old] = largest(of_groups, sizes.heads * keys // teacher.config[HEADS])
     return Cut(tuple(kept), channels, groups), dropped
 
@@ -123,8 +122,7 @@ def energies(model: Any, feeds: Sequence[Feed], depth: int) -> dict[str, list[np
             def before(module: Any, args: Any, kwargs: Any, at: int, kind: str = kind, mask: Any = mask) -> None:
                 squares[kind][at] += args[0].reshape(*mask.shape, -1)[mask].double().square().sum(dim=0)
 
-            handles = hooked(parts, before)
-            with handles, torch.inference_mode():
+            with hooked(parts, before), torch.inference_mode():
                 model(**feed)
     tokens = sum(int(feed["attention_mask"].sum()) for feed in feeds)
     found = {}

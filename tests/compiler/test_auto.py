@@ -298,6 +298,13 @@ def test_a_limit_that_did_not_bind_is_moved_from_what_was_expected() -> None:
     assert again < moved
 
 
+def test_a_latency_on_its_limit_is_aimed_lower() -> None:
+    row = {"name": "tpot_p95_ms", "measured": 12.2, "high": float("inf"), "limit": 12.0, "outcome": "INCONCLUSIVE"}
+    (moved,) = auto.moved_limits([row], {}, {"tpot_ms": 5.2}).values()
+    assert 12.0 * moved / auto.HEADROOM == pytest.approx(5.2 * 12 / (12.2 * 1.05) * 0.998)
+    assert auto.moved_limits([{**row, "measured": 20.0}], {}, {"tpot_ms": 5.2}) is None  # a busy machine
+
+
 def test_recipes_say_auto(tmp_path) -> None:
     recipe = parse_recipe({"name": "x", "base": "base", "quantize": {"scheme": "auto", "layers": {"lm_head": "int8-g32"}}}, tmp_path / "recipe.yaml")
     assert recipe.quantize.auto and str(recipe.quantize.fixed["lm_head"]) == "int8-g32"

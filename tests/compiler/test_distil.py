@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,15 +149,11 @@ def test_the_layer_that_does_nothing_goes_first(four_layers):
     idle = {f"model.layers.2.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")}
 
     def quieter(name, view):
-        from dataclasses import replace
-
         if name in idle:
             return replace(view, rows=lambda start, stop: np.zeros((stop - start, view.shape[1]), np.float32))
         if name == "model.layers.0.mlp.down_proj.weight":
             return replace(view, rows=lambda start, stop: view.rows(start, stop) * (np.arange(200) >= 50))
         return view
-
-    from dataclasses import replace
 
     teacher = replace(teacher, tensors={name: quieter(name, view) for name, view in teacher.tensors.items()})
     ids = torch.from_numpy(tokens(2))
@@ -402,8 +399,7 @@ def test_a_student_is_planned_built_judged_and_told(trimtab, recipe, tmp_path, m
     assert faithful["outcome"] == "PASS"
     files = {row["path"]: row["bytes"] for row in manifest["files"]}
     assert abs(plan["predicted_size_mb"] - sum(size for name, size in files.items() if "onnx" in name) / 1e6) < 0.1
-    record = next(row for row in manifest["lineage"]["records"] if row["stage"] == "distil") if "records" in manifest["lineage"] else None
-    record = record or next(row for row in manifest["records"] if row["stage"] == "distil")
+    record = next(row for row in manifest["records"] if row["stage"] == "distil")
     assert record["measured"]["data"]["rows"] == 1 and len(record["measured"]["data"]["sha256"]) == 64
     assert json.loads((bundle / "config.json").read_text())["num_hidden_layers"] == 3
     html = (bundle / "report.html").read_text()
