@@ -33,11 +33,12 @@ BLOCK = 64  # texts whose vectors are kept in one file
 
 
 class Lesson(Protocol):
-    """Items by number. measure: what `held_loss` is, with its unit."""
+    """Items by number. measure: what `held_loss` is, with its unit. lengths: tokens of each item, none where all are alike."""
 
     trained: Sequence[int]
     held: Sequence[int]
     measure: str
+    lengths: Sequence[int]
 
     def learn(self, student: Any, places: Sequence[int]) -> float:
         """Mean loss over some items; its gradients are added."""
@@ -68,6 +69,7 @@ class TokenLesson:
     temperature: float = 1.0
     top_k: int = 0
     measure: str = "KL to the teacher, nats a token"
+    lengths: Sequence[int] = ()
     trained: Sequence[int] = field(init=False)
     held: Sequence[int] = field(init=False)
 
@@ -184,10 +186,12 @@ class TextLesson:
     pooling: Pooling
     temperature: float = 1.0
     measure: str = field(init=False)
+    lengths: Sequence[int] = field(init=False)
     trained: Sequence[int] = field(init=False)
     held: Sequence[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.lengths = [len(text) for text in self.texts]
         self.trained, self.held = split(len(self.texts), MOST_HELD_TEXTS)
         self.answers = Answers(self.folder, self._ask)
         self.measure = "1 - cosine to the teacher" if self.pooling.kind else "KL to the teacher, nats a text"

@@ -31,6 +31,7 @@ from compiler.errors import RecipeError, TrimtabError
 from compiler.store import sync, writing
 
 WARM = 0.05
+POOL = 16  # steps
 CHECKS = 10
 CLIP = 1.0
 BETAS = (0.9, 0.98)
@@ -196,7 +197,7 @@ class Run:
 
     def _step(self) -> float:
         step, settings = self.progress.step, self.settings
-        places = batch(self.lesson.trained, step, settings)
+        places = batch(self.lesson.trained, step, settings, self.lesson.lengths)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * group["scale"] * rate_at(step, settings.steps)
         self.optimizer.zero_grad()
@@ -256,13 +257,31 @@ class Run:
         self.saved = time.monotonic()
 
 
-def batch(items: Sequence[int], step: int, settings: Settings) -> list[int]:
-    """The items of a step. 5 items, 2 a step: steps 0 to 2 take the five of pass 0 and the first of pass 1."""
-    made = []
-    for number in range(step * settings.batch, (step + 1) * settings.batch):
-        order = np.random.default_rng([settings.seed, number // len(items)]).permutation(len(items))
-        made.append(int(items[order[number % len(items)]]))
+def batch(items: Sequence[int], step: int, settings: Settings, lengths: Sequence[int] = ()) -> list[int]:
+    """The items of a step. 5 items, 2 a step: steps 0 to 2 take the five of pass 0 and the first of pass 1.
+
+    lengths  of all items: where they differ, those of POOL steps are dealt by length, so that little of a step is padding
+    """
+    made: list[int] = []
+    for number in {at // len(items): None for at in range(step * settings.batch, (step + 1) * settings.batch)}:
+        draw = np.random.default_rng([settings.seed, number])
+        order = np.asarray(items)[draw.permutation(len(items))]
+        if len(lengths):
+            order = _by_length(order, np.asarray(lengths), settings.batch, draw)
+        first, last = (max(0, (step + more) * settings.batch - number * len(items)) for more in (0, 1))
+        made += order[first:last].tolist()
     return made
+
+
+def _by_length(order: np.ndarray, lengths: np.ndarray, size: int, draw: np.random.Generator) -> np.ndarray:
+    """Items sorted by length within every POOL batches, whose order is drawn again."""
+    dealt = []
+    for start in range(0, len(order), POOL * size):
+        pool = order[start : start + POOL * size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        whole = len(pool) // size
+        dealt += [pool[at * size : (at + 1) * size] for at in draw.permutation(whole)] + [pool[whole * size :]]
+    return np.concatenate(dealt)
 
 
 def rate_at(step: int, steps: int) -> float:

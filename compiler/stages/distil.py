@@ -198,6 +198,9 @@ def lesson_items(teacher: Checkpoint, params: Mapping[str, Any], rows: Evaluatio
     tokenizer.no_padding()
     tokenizer.enable_truncation(min(params["length"], int(teacher.config.get("max_position_embeddings") or params["length"])))
     texts = [one.ids for one in tokenizer.encode_batch(texts_of(rows)) if len(one.ids) >= LEAST_TOKENS]
+    wanted = max(16 * params["batch"], params["tokens"] * len(texts) * 9 // (8 * max(1, sum(map(len, texts)))))  # an eighth is held out
+    texts = [texts[place] for place in np.linspace(0, len(texts) - 1, min(len(texts), wanted)).round().astype(int)]
+    texts.sort(key=len)  # the teacher is asked by blocks of neighbours: little of them is padding
     if len(texts) < 2 * params["batch"]:
         expected = f"at least {2 * params['batch']} texts of {LEAST_TOKENS} tokens"
         raise RecipeError("distil.data", expected=expected, found=str(len(texts)), remedy="give more texts, or a smaller batch", code="DATA_EMPTY")

@@ -328,6 +328,10 @@ def test_items_and_rates():
     settings = Settings(steps=10, batch=2, seed=3)
     seen = [place for step in range(3) for place in batch([10, 11, 12, 13, 14], step, settings)]
     assert sorted(seen[:5]) == [10, 11, 12, 13, 14] and seen[5] in range(10, 15)
+    lengths = np.random.default_rng(0).integers(1, 100, 400)
+    steps = [batch(range(400), step, Settings(steps=50, batch=8), lengths) for step in range(50)]
+    assert sorted(place for places in steps for place in places) == list(range(400))
+    assert sum(8 * max(lengths[places]) for places in steps) < 1.2 * lengths.sum() and steps[0] != batch(range(400), 50, Settings(steps=99, batch=8), lengths)
     rates = [rate_at(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[99] < 0.02
 
