@@ -5,9 +5,10 @@ What the bundle is measured against stays the merged fp32 model, the teacher: a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,11 +115,10 @@ def distilled_sources(sources: Sources, ask: Distil, rows: EvaluationSet, store:
     assert step is not None and teacher is not None  # planned_student put both there
 
     def fill(work: Path) -> None:
-        with ExitStack() as held:
-            scratch = held.enter_context(store.scratch(step.key))
-            told = cache_key({"teacher": teacher.digest, "data": rows.digest, **{key: step.params[key] for key in ("length", "top_k", "task")}})
-            answers = held.enter_context(store.scratch(f"teacher-{told}"))
-            make_student(teacher, sources.merged if ask.student else None, step.params, rows, work, (scratch, answers), report)
+        items = lesson_items(teacher, step.params, rows)
+        asked = {"teacher": teacher.digest, "items": items_digest(items), "top_k": step.params["top_k"], "task": step.params["task"]}
+        with store.scratch(step.key) as scratch, store.scratch(f"teacher-{cache_key(asked)}") as answers:
+            make_student(teacher, sources.merged if ask.student else None, step.params, items, work, (scratch, answers), report)
 
     place = store.get(step.key) or store.obtain(step.key, fill, step.named)
     store.forget(step.key)
@@ -126,11 +126,12 @@ def distilled_sources(sources: Sources, ask: Distil, rows: EvaluationSet, store:
 
 
 def make_student(
-    teacher: Checkpoint, given: Checkpoint | None, params: Mapping[str, Any], rows: EvaluationSet, work: Path, folders: tuple[Path, Path], report: Report
+    teacher: Checkpoint, given: Checkpoint | None, params: Mapping[str, Any], items: Any, work: Path, folders: tuple[Path, Path], report: Report
 ) -> None:
     """Fill `work` with the student as a checkpoint and what is to be told of it.
 
     given    the student to begin with; None: a part of the teacher
+    items    of `lesson_items`
     folders  for the state of training, and for what the teacher says
     """
     from compiler.distil.through import seen_through
@@ -138,7 +139,6 @@ def make_student(
     from compiler.reference import reference_model
 
     ask = Distil.model_validate({key: params[key] for key in Distil.model_fields if key not in ("data", "rate")})
-    items = lesson_items(teacher, params, rows)
     start, chosen = given, Cut(())
     dropped: list[dict[str, Any]] = []
     if start is None:
@@ -205,6 +205,14 @@ def lesson_items(teacher: Checkpoint, params: Mapping[str, Any], rows: Evaluatio
         expected = f"at least {2 * params['batch']} texts of {LEAST_TOKENS} tokens"
         raise RecipeError("distil.data", expected=expected, found=str(len(texts)), remedy="give more texts, or a smaller batch", code="DATA_EMPTY")
     return texts
+
+
+def items_digest(items: Any) -> str:
+    """sha256 (hex) of what the teacher is asked, in order: its answers are kept by number."""
+    made = hashlib.sha256()
+    for item in items:
+        made.update(np.asarray([len(item), *item], np.int64).tobytes())
+    return made.hexdigest()
 
 
 def texts_of(rows: EvaluationSet) -> list[str]:

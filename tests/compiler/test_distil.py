@@ -453,6 +453,17 @@ def test_a_student_as_files(trimtab, four_layers, tmp_path):
     assert code == 2 and "NAME=number" in stderr
 
 
+def test_answers_are_those_to_the_same_questions(trimtab, four_layers, tmp_path, monkeypatch):
+    """Other windows of the same text, as another budget takes them, do not get the answers that were kept for the first ones."""
+    (tmp_path / "text.txt").write_text(builtin_text().decode())
+    given = ("distil", four_layers, "--layers", 3, "--data", tmp_path / "text.txt", "--length", 64, "--json")
+    assert trimtab(*given, "--tokens", 1000, "--out", tmp_path / "first")[0] == 0
+    after_another = json.loads(trimtab(*given, "--tokens", 3000, "--out", tmp_path / "second")[1])
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "other"))
+    alone = json.loads(trimtab(*given, "--tokens", 3000, "--out", tmp_path / "third")[1])
+    assert after_another["checks"] == alone["checks"]
+
+
 def test_scratch_is_left_while_in_use_and_goes_when_room_is_needed(tmp_path):
     from compiler.store import Store
 
