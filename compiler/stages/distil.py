@@ -24,7 +24,7 @@ from compiler.errors import CheckpointError, RecipeError
 from compiler.evaluation.data import EvaluationSet
 from compiler.plan import Step
 from compiler.record import versions
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Schemes
 from compiler.sources import Sources
 from compiler.stages import export as export_stage
 from compiler.store import Store, cache_key
@@ -165,7 +165,7 @@ def make_student(
 
 
 def _schemes(params: Mapping[str, Any]) -> Schemes:
-    return Schemes(parse_scheme(params["scheme"]), {pattern: parse_scheme(text) for pattern, text in params["schemes"].items()})
+    return export_stage.schemes_in({"scheme": params["scheme"], "layers": params["schemes"]})
 
 
 def _chosen(teacher: Checkpoint, ask: Distil, params: Mapping[str, Any], items: Any, folder: Path, report: Report) -> tuple[Cut, list[dict[str, Any]]]:

@@ -303,7 +303,7 @@ def _train_and_keep(path, corpus, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     student = student_of(path)
-    settings = Settings(steps=30, rate=2e-3, train="lora" if kill_at < 0 else "full", noise=1.0, batch=2)
+    settings = Settings(steps=30, rate=2e-3, noise=1.0, batch=2)
     train(student, 3, lesson(corpus, path), settings, corpus / "state", report)
     torch.save(student.state_dict(), corpus / "done.pt")
 
