@@ -49,7 +49,7 @@ CHOICES = tuple(parse_scheme(text) for text in (*FOUR_BITS, *EIGHT_BITS))
 PROBED = parse_scheme("int4-g64-asym-s16")
 DEFAULT = parse_scheme("int4-g32-asym-s16")
 WINDOWS = 8  # of 512 tokens of the calibration text
-SENSITIVITY_VERSION = 2
+SENSITIVITY_VERSION = 3
 ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
 CLOSE = 1.25  # a latency that is not proven but this near to its limit is aimed at again,
@@ -68,11 +68,11 @@ class HasDocument(Protocol):
 Built = TypeVar("Built", bound=HasDocument)
 
 
-def sensitivity_step(identity: Mapping[str, Any], method: str, calibration: str, seed: int) -> Step:
+def sensitivity_step(identity: Mapping[str, Any], method: str, calibration: str) -> Step:
     """Rule 1 as a step: its key is made of the merged weights, the method, the calibration text and what is done with it."""
     params = {"choices": [str(choice) for choice in CHOICES], "probed": str(PROBED), "method": method, "windows": WINDOWS, "calibration": calibration}
     tools = versions(["numpy", "torch", "transformers"])
-    return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": {**params, "seed": seed}, "tools": tools})
+    return Step("sensitivity", params, {"version": SENSITIVITY_VERSION, "merge": dict(identity), "options": params, "tools": tools})
 
 
 def stored_sensitivity(step: Step, store: Store) -> Sensitivity | None:
@@ -81,7 +81,7 @@ def stored_sensitivity(step: Step, store: Store) -> Sensitivity | None:
     return Sensitivity.from_dict(json.loads((place / "sensitivity.json").read_text())) if place else None
 
 
-def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store, report: Report, seed: int) -> Sensitivity:
+def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store, report: Report) -> Sensitivity:
     """Rule 1: from the store, or measured now on calibration rows."""
     found = stored_sensitivity(step, store)
     if found is None:
@@ -90,7 +90,7 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
         question = Question(CHOICES, PROBED, step.params["method"])
 
         def fill(work: Path) -> None:
-            measured = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report, seed)
+            measured = sensitivity(merged, token_windows(rows, merged, WINDOWS), question, report)
             (work / "sensitivity.json").write_text(json.dumps(measured.as_dict(), sort_keys=True))
 
         place = store.obtain(step.key, fill, step.named)

@@ -137,7 +137,7 @@ def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
-    return auto.sensitivity_step(sources.identity, recipe.quantize.method, codes.calibration_text(recipe).digest, recipe.seed)
+    return auto.sensitivity_step(sources.identity, recipe.quantize.method, codes.calibration_text(recipe).digest)
 
 
 def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, only: Sequence[str] = (), max_seconds: float = 0.0) -> list[Outcome]:
@@ -186,7 +186,7 @@ class Run:
         cached = self.store.get(step.key) is not None
         with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
             text = codes.calibration_text(self.recipe)
-            found = auto.measured_sensitivity(self.sources.weights, step, text, self.store, self.progress.update, self.recipe.seed)
+            found = auto.measured_sensitivity(self.sources.weights, step, text, self.store, self.progress.update)
         chooser = auto.Chooser(self.sources.weights, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:

@@ -62,12 +62,12 @@ class Block:
             linear.weight = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight[start:stop])), requires_grad=False)
             start = stop
 
-    def run(self, hidden: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """The block's outputs, batch by batch: of what entered it, or of other states of the same shapes."""
+    def run(self, hidden: Sequence[torch.Tensor] | None = None, kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
+        """The block's outputs, batch by batch: of what entered it, or of other states, of other windows with what `BlockStream.enter` gave for those."""
         import torch
 
         with torch.inference_mode():
-            return [self.module(batch, **self.kwargs) for batch in (self.hidden if hidden is None else hidden)]
+            return [self.module(batch, **(self.kwargs if kwargs is None else kwargs)) for batch in (self.hidden if hidden is None else hidden)]
 
     def visit(self, visitor: Callable[[str, int, torch.Tensor], None]) -> list[torch.Tensor]:
         """`run`, with visitor(fused matrix, number of the batch, inputs float32 [tokens, k]) for every matrix and batch."""
@@ -92,18 +92,6 @@ class Block:
         found: dict[str, Moment] = {}
         self.visit(lambda matrix, _number, rows: found.setdefault(matrix, Moment()).add(rows))
         return {matrix: moment.mean() for matrix, moment in found.items()}
-
-    def back(self, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients with respect to what entered, batch by batch, from those with respect to what came out."""
-        import torch
-
-        found = []
-        for batch, gradient in zip(hidden, gradients, strict=True):
-            entered = batch.clone().requires_grad_(True)
-            torch.autograd.backward(self.module(entered, **self.kwargs), gradient)
-            assert entered.grad is not None
-            found.append(entered.grad)
-        return found
 
 
 class Moment:
@@ -199,10 +187,6 @@ class BlockStream:
             del self.base.forward
         return logits
 
-    def back_through_norm(self, hidden: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients with respect to what the last block gave, from those with respect to the head's inputs."""
-        return Block("model.norm", self.base.norm, {}, list(hidden), {}).back(hidden, gradients)
-
     def head_moment(self) -> np.ndarray:
         """H of lm_head, float32 [width, width]."""
         batches = [batch.reshape(-1, batch.shape[-1]) for batch in self.head_inputs()]
@@ -234,7 +218,7 @@ class BlockStream:
             for layer in self.base.layers:
                 layer.forward = skip
             try:
-                with torch.no_grad():  # what it gives may be run with gradients later
+                with torch.no_grad():
                     norm, self.base.norm = self.base.norm, torch.nn.Identity()
                     self.base(input_ids=torch.from_numpy(places.reshape(count, length)[start : start + size]), use_cache=False)
             finally:

@@ -1,29 +1,26 @@
 """What each matrix loses under each choice, in nats of KL, before anything is exported.
 
-For a change dW of one matrix, y the matrix's outputs and x its inputs,
+For a change dW of one matrix and x its inputs, the KL to the float model grows to second order as the matrix's output error
 
-    KL  ~  1/2 E[g^2] / n  *  E |dW x|^2         E |dW x|^2 = tr(dW H dW^T),  H = X^T X / tokens
+    E |dW x|^2 = tr(dW H dW^T),     H = X^T X / tokens
 
-to second order, where g = d log p / d y under tokens that the model itself draws (so E[g g^T] is the Fisher information; taken here as the same in all
-n directions). What is added up:
-
-1. Rounding to nearest, every choice. Under another method the error is that times gain = tr(dW H dW^T) of the method over that of rounding to nearest, measured
-   once a matrix at the probed choice: codes made from the H of some windows, both errors taken with the H of others.
-2. Activations: MatMulNBits rounds its input x in blocks of the group size to 8 bits, amax / 127 a step. With e that rounding's errors, taken as independent,
+1. Slope. Each matrix takes the probed choice alone, all others stay float, and the KL of that model is measured on windows that no code was made from. Divided
+   by the matrix's output error at the probed choice this is its slope. (A Fisher estimate from gradients costs less and was tried first: gradients that gather
+   in few tokens, and errors that tokens share, put it wrong by factors of three to thirty from matrix to matrix.)
+2. Rounding to nearest, every choice, on ROWS rows of the matrix, evenly spread. Under another method the error is that times gain = the method's error over
+   that of rounding to nearest, measured once a matrix at the probed choice: codes made from the H of some windows, both errors taken with the H of others.
+3. Activations: MatMulNBits rounds its input x in blocks of the group size to 8 bits, amax / 127 a step. With e that rounding's errors, taken as independent,
    a matrix gains sum_k |W[:, k]|^2 E[e_k^2].
-3. Height: each kind of matrix (qkv, o, gate and up, down, head) takes the probed choice alone, all other matrices as they are, and the KL of that model
-   on windows that no code was made from, divided by the estimate, is the kind's factor; then all kinds at once, for what they do to each other; and all
-   activations alone, rounded in blocks of the probed choice's group:
+4. All at once: all matrices under the probed choice, for what they do to each other, and all activations, rounded in blocks of the probed choice's group:
 
-    loss[i, c] = slope[i] * (joint * factor[kind of i] * error[i, c] + rounded * activation[i, c])
+    loss[i, c] = slope[i] * (joint * error[i, c] + rounded * activation[i, c])
 
-The model runs block by block (compiler.quantizers.calibrate), all variants of rule 3 beside each other: one block, the hidden states of the windows and
-one table are in memory. Gradients go back the same way, each block run again from the states that entered it.
+The model runs block by block (compiler.quantizers.calibrate), all variants of rules 1 and 4 beside each other: one block, the hidden states of the windows, one
+table, and TOKENS states of every variant (fewer where they would take more than STATES_MB) are in memory.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -44,11 +41,13 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int], None]
 HEAD, TABLE = "lm_head", "model.embed_tokens"
-ALL = "all kinds"
-ROUNDED = "rounded activations"
+FLOAT, ALL, ROUNDED = "float", "all matrices", "rounded activations"
 CHECKED = 8  # the last eighth of the batches is kept for checking, one at least
-TOKENS = 128  # positions whose logits are held at a time
-ROWS = 4096  # of a matrix, rounded at a time
+TOKENS, STATES_MB = 640, 256
+MATRICES = 4  # of a block
+LEAD = 4  # the first of so many parts of a window is context only
+CHUNK = 128  # positions whose logits are held at a time
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """rows: every matrix by every choice. slope: KL per output error of a matrix. factor: measured over estimated KL, by kind; `joint` of all kinds at once,
-    `rounded` of the activations.
+    """rows: every matrix by every choice. slope: KL per output error of a matrix. joint, rounded: measured over estimated KL, of all matrices and of the
+    activations.
 
     gain  error of the method over that of rounding to nearest, by matrix
     """
 
     rows: tuple[Row, ...]
     slope: Mapping[str, float]
-    factor: Mapping[str, float]
+    joint: float
+    rounded: float
     gain: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) for row in self.rows], "slope": dict(self.slope), "factor": dict(self.factor), "gain": dict(self.gain)}
+        return {**vars(self), "rows": [asdict(row) for row in self.rows]}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Sensitivity:
-        return Sensitivity(tuple(Row(**row) for row in stored["rows"]), stored["slope"], stored["factor"], stored["gain"])
+        return Sensitivity(**{**stored, "rows": tuple(Row(**row) for row in stored["rows"])})
 
     def table(self, matrices: Sequence[str], schemes: Sequence[Scheme]) -> np.ndarray:
         """loss, float64 [matrices, schemes]. Raises KeyError for one that was not measured."""
@@ -90,7 +90,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Question:
-    """choices: schemes in groups, and floats; probed: the one of them at which gain and height are measured; method: a row of METHODS."""
+    """choices: schemes in groups, and floats; probed: the one of them at which slope and gain are measured; method: a row of METHODS."""
 
     choices: Sequence[Scheme]
     probed: Scheme
@@ -102,9 +102,9 @@ class Question:
         return affine.dequantize(unpack(method.quantize(weight, self.probed, moment if method.calibrated else None), self.probed, weight.shape[1]))
 
 
-def sensitivity(checkpoint: Checkpoint, windows: np.ndarray, question: Question, report: Report, seed: int = 0) -> Sensitivity:
+def sensitivity(checkpoint: Checkpoint, windows: np.ndarray, question: Question, report: Report) -> Sensitivity:
     """Rows for every matrix of a decoder. windows: int64 [count, length], calibration text. Raises as BlockStream does."""
-    return Measuring(checkpoint, windows, question, report, seed).run()
+    return Measuring(checkpoint, windows, question, report).run()
 
 
 def rounded(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
@@ -114,19 +114,15 @@ def rounded(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
     return affine.dequantize(unpack(nbits.quantize(weight, scheme), scheme, weight.shape[1]))
 
 
-def kind_of(matrix: str) -> str:
-    """`model.layers.3.mlp.down_proj` -> `mlp.down_proj`."""
-    return re.sub(r"^model\.layers\.\d+\.", "", matrix)
-
-
 def rounding_error(weight: np.ndarray, scheme: Scheme, moment: np.ndarray | None) -> float:
-    """tr(dW H dW^T) of rounding to nearest, a block of rows in memory at a time; without H the sum of squares."""
-    total = 0.0
-    for start in range(0, len(weight), ROWS):
-        rows = weight[start : start + ROWS]
-        change = rounded(rows, scheme) - rows
-        total += float(np.square(change, dtype=np.float64).sum()) if moment is None else output_error(change, moment)
-    return total
+    """tr(dW H dW^T) of rounding to nearest; without H the sum of squares."""
+    change = rounded(weight, scheme) - weight
+    return float(np.square(change, dtype=np.float64).sum()) if moment is None else output_error(change, moment)
+
+
+def spread(weight: np.ndarray) -> np.ndarray:
+    """At most ROWS rows, evenly spread, by which errors of the whole are told: [0, 4, 8, ...] of 4096."""
+    return weight[:: -(-len(weight) // ROWS)]
 
 
 class Inputs:
@@ -149,13 +145,13 @@ class Inputs:
             self.fitted.add(rows)
 
     def rounding_squares(self, size: int) -> np.ndarray:
-        """Rule 2: E[e_k^2], float64 [width]"""
+        """Rule 3: E[e_k^2], float64 [width]"""
         found: np.ndarray = self.squares[size] / self.checked.count
         return found
 
 
 def in_blocks(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Rule 2: float32 [..., width] as MatMulNBits sees it: blocks of `size` along the width, rounded to steps of amax / 127. [[127, 1.4]] -> [[127, 1]]"""
+    """Rule 3: float32 [..., width] as MatMulNBits sees it: blocks of `size` along the width, rounded to steps of amax / 127. [[127, 1.4]] -> [[127, 1]]"""
     import torch
 
     width = rows.shape[-1]
@@ -172,17 +168,22 @@ class Measuring:
     windows: np.ndarray
     question: Question
     report: Report
-    seed: int = 0
     errors: dict[tuple[str, str], float] = field(default_factory=dict)
     activations: dict[tuple[str, str], float] = field(default_factory=dict)
     gain: dict[str, float] = field(default_factory=dict)
-    squares: dict[str, float] = field(default_factory=dict)  # of each matrix: sum of its outputs' squared gradients, by output
-    entered: list[list[torch.Tensor]] = field(default_factory=list)  # [block][checked batch]: what entered each block
-    variants: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # kind -> hidden states of the checked batches where that kind is rounded
+    variants: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # what is rounded -> hidden states of the short windows
 
     @cached_property
     def stream(self) -> BlockStream:
         return BlockStream(self.checkpoint, self.windows)
+
+    @cached_property
+    def short(self) -> BlockStream:
+        """The checked windows, as long as the states of all variants may be."""
+        count = sum(len(batch) for number, batch in enumerate(self.stream.hidden) if self._checks(number))
+        of_a_token = 4e-6 * int(self.checkpoint.config["hidden_size"]) * (MATRICES * self.stream.block_count + MATRICES)  # MB
+        length = int(min(TOKENS, STATES_MB / of_a_token)) // count
+        return BlockStream(self.checkpoint, self.windows[-count:, : max(LEAD, length)])
 
     @cached_property
     def tied(self) -> bool:
@@ -193,50 +194,53 @@ class Measuring:
         count = len(self.stream.hidden)
         return number >= count - max(1, count // CHECKED)
 
-    def checked(self, batches: Sequence[Any]) -> list[Any]:
-        """Those batches."""
-        return [batch for number, batch in enumerate(batches) if self._checks(number)]
-
     def run(self) -> Sensitivity:
-        total = 2 * self.stream.block_count + 1
+        total = self.stream.block_count + 1
         for number, block in enumerate(self.stream.blocks()):
-            self._block(block)
+            self._block(block, number)
             self.report("blocks measured", number + 1, total)
-        measured, gradients = self._head()
-        for done, index in enumerate(reversed(range(self.stream.block_count))):
-            gradients = self._back(index, gradients)
-            self.report("blocks measured", self.stream.block_count + done + 2, total)
+        measured = self._head()
+        self.report("blocks measured", total, total)
         return self._result(measured)
 
-    def _block(self, block: Block) -> None:
-        """Rules 1 and 2 for the matrices of a block, and all variants through it."""
+    def _block(self, block: Block, number: int) -> None:
+        """Rules 2 and 3 for the matrices of a block, and all variants through it."""
         if not self.variants:
-            self._enter(block)
-        self.entered.append(self.checked(block.hidden))
+            self._enter()
         statistics = {name: Inputs(self._sizes) for name in block.linears}
-        block.outputs = block.visit(lambda name, number, rows: statistics[name].add(rows, self._checks(number)))
+        block.outputs = block.visit(lambda name, batch, rows: statistics[name].add(rows, self._checks(batch)))
         weights = {name: block.weight(name) for name in block.linears}
         probed = {name: self._matrix(name, weights[name], statistics[name]) for name in block.linears}
-        self.variants = {kind: self._through(block, kind, weights, probed) for kind in self.variants}
-
-    def _enter(self, block: Block) -> None:
-        """The kinds of matrices of this model, and what enters the first block under each: rounded rows of the table where that is rounded too."""
-        table = HEAD if self.tied else TABLE
-        rounded_table = self.checked(self.stream.enter(lambda rows: rounded(rows, self.question.probed))[0])
-        for kind in (*map(kind_of, block.linears), HEAD, ALL, ROUNDED, *(() if self.tied else (TABLE,))):
-            self.variants[kind] = rounded_table if kind in (table, ALL) else self.checked(block.hidden)
-
-    def _through(self, block: Block, kind: str, weights: Mapping[str, np.ndarray], probed: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
-        """One variant's hidden states after the block."""
-        changed = [name for name in weights if kind in (ALL, kind_of(name))]
-        for name in changed:
-            block.replace(name, probed[name])
-        handles = [linear.register_forward_pre_hook(self._round) for linears in block.linears.values() for linear in linears] if kind == ROUNDED else []
-        after = block.run(self.variants[kind])
+        arguments = self.short.kwargs[number]
+        entered = dict(self.variants)
+        for kind, states in entered.items():
+            if kind not in (ALL, ROUNDED):
+                self.variants[kind] = block.run(states, arguments)
+        for name in block.linears:
+            self.variants[name] = self._changed(block, {name: (probed[name], weights[name])}, entered[FLOAT], arguments)
+        both = {name: (probed[name], weights[name]) for name in block.linears}
+        self.variants[ALL] = self._changed(block, both, entered[ALL], arguments)
+        handles = [linear.register_forward_pre_hook(self._round) for linears in block.linears.values() for linear in linears]
+        self.variants[ROUNDED] = block.run(entered[ROUNDED], arguments)
         for handle in handles:
             handle.remove()
-        for name in changed:
-            block.replace(name, weights[name])
+
+    def _enter(self) -> None:
+        """What enters the first block under each variant that there is from the start: rounded rows of the table where that is rounded."""
+        self.short.hidden, self.short.kwargs = self.short.enter(None)
+        table = self.short.enter(lambda rows: rounded(rows, self.question.probed))[0]
+        plain = self.short.hidden
+        self.variants = {FLOAT: plain, ROUNDED: plain, ALL: table, HEAD if self.tied else TABLE: table}
+
+    def _changed(
+        self, block: Block, weights: Mapping[str, tuple[np.ndarray, np.ndarray]], states: list[torch.Tensor], arguments: Mapping[str, Any]
+    ) -> list[torch.Tensor]:
+        """States after the block with the first of each two weights in it; the second stand there afterwards."""
+        for name, (probed, _) in weights.items():
+            block.replace(name, probed)
+        after = block.run(states, arguments)
+        for name, (_, plain) in weights.items():
+            block.replace(name, plain)
         return after
 
     def _round(self, _module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -244,15 +248,16 @@ class Measuring:
         return (in_blocks(inputs[0], self.question.probed.group_size or 1), *inputs[1:])
 
     def _matrix(self, name: str, weight: np.ndarray, inputs: Inputs) -> np.ndarray:
-        """Rules 1 and 2 of one matrix; what it is at the probed choice, float32 [rows, width]."""
+        """Rules 2 and 3 of one matrix; what it is at the probed choice, float32 [rows, width]."""
         fitted, checked, question = inputs.fitted.mean(), inputs.checked.mean(), self.question
-        probed = question.quantized(weight, fitted)
+        probed, some = question.quantized(weight, fitted), spread(weight)
+        share = len(weight) / len(some)
         self.gain[name] = 1.0
         if question.method != "rtn":
-            self.gain[name] = output_error(probed - weight, checked) / max(rounding_error(weight, question.probed, checked), 1e-30)
+            self.gain[name] = output_error(spread(probed) - some, checked) / max(rounding_error(some, question.probed, checked), 1e-30)
         both, columns = (checked + fitted) / 2, np.einsum("ij,ij->j", weight, weight, dtype=np.float64)
         for choice in question.choices:
-            self.errors[name, str(choice)] = (self.gain[name] if choice.quantized else 1.0) * rounding_error(weight, choice, both)
+            self.errors[name, str(choice)] = share * (self.gain[name] if choice.quantized else 1.0) * rounding_error(some, choice, both)
             self.activations[name, str(choice)] = float(columns @ inputs.rounding_squares(choice.group_size)) if choice.group_size else 0.0
         return probed
 
@@ -260,110 +265,50 @@ class Measuring:
     def _sizes(self) -> tuple[int, ...]:
         return tuple(sorted({choice.group_size for choice in self.question.choices if choice.group_size}))
 
-    def _head(self) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """The head's own rows; KL of each variant, mean over the checked tokens; the gradients that enter the last block's outputs."""
-        import torch
-
-        final = self.stream.head_inputs()
+    def _head(self) -> dict[str, float]:
+        """The head's own rows, the table's where it is another, and the KL of each variant, mean over the tokens that have context."""
         weight, statistics = self.stream.head_weight(), Inputs(self._sizes)
-        for number, batch in enumerate(final):
+        for number, batch in enumerate(self.stream.head_inputs()):
             statistics.add(batch.reshape(-1, batch.shape[-1]), self._checks(number))
         probed = self._matrix(HEAD, weight, statistics)
         if not self.tied:
             self._table()
-        logits = self.stream.logits_of
-        reference, draw = self.checked(final), torch.Generator().manual_seed(self.seed)
-        self.squares[HEAD] = 0.0
-        gradients = [self._drawn(batch, weight, draw) for batch in reference]
-        measured = {}
-        for kind, hidden in self.variants.items():
-            head = probed if kind in (HEAD, ALL) else weight
-            states = self.stream.head_inputs(hidden)
-            if kind == ROUNDED:
-                states = [in_blocks(batch, self.question.probed.group_size or 1) for batch in states]
-            sums = [_divergence(logits, left, weight, right, head) for left, right in zip(reference, states, strict=True)]
-            measured[kind] = sum(sums) / self._tokens
-        return measured, self.stream.back_through_norm(self.checked(self.stream.hidden), gradients)
+            self.variants[HEAD] = self.variants[FLOAT]
+        lead = self.short.windows.shape[1] // LEAD
+        states = {kind: [batch[:, lead:].reshape(-1, batch.shape[-1]) for batch in self.stream.head_inputs(found)] for kind, found in self.variants.items()}
+        states[ROUNDED] = [in_blocks(batch, self.question.probed.group_size or 1) for batch in states[ROUNDED]]
+        found = dict.fromkeys(states.keys() - {FLOAT}, 0.0)
+        for number, batch in enumerate(states[FLOAT]):
+            for start in range(0, len(batch), CHUNK):
+                known = self._likely(batch[start : start + CHUNK], weight)
+                for kind in found:
+                    other = self._likely(states[kind][number][start : start + CHUNK], probed if kind in (HEAD, ALL) else weight)
+                    found[kind] += float((known.exp() * (known - other)).double().sum())
+        return {kind: total / sum(map(len, states[FLOAT])) for kind, total in found.items()}
+
+    def _likely(self, states: torch.Tensor, weight: np.ndarray) -> torch.Tensor:
+        """Log-probabilities [tokens, vocab]."""
+        import torch
+
+        with torch.inference_mode():
+            return self.stream.logits_of(states, weight).log_softmax(-1)
 
     def _table(self) -> None:
         """An embedding of its own: each token reads one row, all rows alike; rounded to nearest under every method."""
         weight = self.stream.views[f"{TABLE}.weight"].read()
+        some = spread(weight)
         for choice in self.question.choices:
-            self.errors[TABLE, str(choice)] = rounding_error(weight, choice, None) / len(weight)
+            self.errors[TABLE, str(choice)] = rounding_error(some, choice, None) / len(some)
             self.activations[TABLE, str(choice)] = 0.0
         self.gain[TABLE] = 1.0
 
-    def _drawn(self, batch: torch.Tensor, weight: np.ndarray, draw: torch.Generator) -> torch.Tensor:
-        """Gradient of the log-likelihood of drawn tokens with respect to the head's inputs [batch, length, width]; adds up the head's own squares."""
-        import torch
-
-        rows, found = batch.reshape(-1, batch.shape[-1]), []
-        for start in range(0, len(rows), TOKENS):
-            given = rows[start : start + TOKENS].clone().requires_grad_(True)
-            logits = self.stream.logits_of(given, weight)
-            logits.retain_grad()
-            likely = logits.log_softmax(-1)
-            tokens = torch.multinomial(likely.detach().exp(), 1, generator=draw)
-            likely.gather(1, tokens).sum().backward()
-            assert logits.grad is not None and given.grad is not None
-            self.squares[HEAD] += float(logits.grad.square().sum(dtype=torch.float64)) / logits.shape[1]
-            found.append(given.grad)
-        return torch.cat(found).reshape(batch.shape)
-
-    def _back(self, index: int, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run a block again, and its gradients back: squares of every matrix's outputs, and the gradients of what entered."""
-        block = self.stream.filled(index)
-        handles = []
-        for name, linears in block.linears.items():
-            outputs, self.squares[name] = sum(linear.out_features for linear in linears), 0.0
-            handles += [linear.register_forward_hook(_adding(self.squares, name, outputs)) for linear in linears]
-        before = block.back(self.entered[index], gradients)
-        for handle in handles:
-            handle.remove()
-        self.stream.empty(index)
-        return before
-
-    @property
-    def _tokens(self) -> int:
-        return sum(batch.shape[0] * batch.shape[1] for batch in self.entered[0])
-
     def _result(self, measured: Mapping[str, float]) -> Sensitivity:
         probed = str(self.question.probed)
-        slope = {name: total / self._tokens / 2 for name, total in self.squares.items()} | ({} if self.tied else {TABLE: 1.0})
-        factor = {}
-        for kind in sorted(measured.keys() - {ALL, ROUNDED}):
-            factor[kind] = measured[kind] / max(sum(slope[name] * self.errors[name, probed] for name in slope if kind_of(name) == kind), 1e-30)
-        alone = sum(factor[kind_of(name)] * slope[name] * self.errors[name, probed] for name in slope)
-        factor["joint"] = measured[ALL] / max(alone, 1e-30)
-        factor["rounded"] = measured[ROUNDED] / max(sum(slope[name] * self.activations[name, probed] for name in slope), 1e-30)
+        slope = {name: measured[name] / max(self.errors[name, probed], 1e-30) for name in self.gain}
+        joint = measured[ALL] / max(sum(measured[name] for name in slope), 1e-30)
+        active = measured[ROUNDED] / max(sum(slope[name] * self.activations[name, probed] for name in slope), 1e-30)
         rows = []
         for (name, scheme), error in self.errors.items():
             activation = self.activations[name, scheme]
-            loss = slope[name] * (factor["joint"] * factor[kind_of(name)] * error + factor["rounded"] * activation)
-            rows.append(Row(name, scheme, error, activation, loss))
-        return Sensitivity(tuple(rows), slope, factor, self.gain)
-
-
-def _adding(squares: dict[str, float], name: str, outputs: int) -> Callable[..., None]:
-    """A forward hook that adds the output's squared gradient, per output of the fused matrix, when it comes."""
-
-    def add(gradient: torch.Tensor) -> None:
-        squares[name] += float(gradient.double().square().sum()) / outputs
-
-    def seen(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        output.register_hook(add)
-
-    return seen
-
-
-def _divergence(logits: Callable[..., torch.Tensor], left: torch.Tensor, weight: np.ndarray, right: torch.Tensor, head: np.ndarray) -> float:
-    """Sum over positions of KL(left || right), nats; hidden states [batch, length, width] and the heads they go through."""
-    import torch
-
-    total = 0.0
-    one, other = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    with torch.inference_mode():
-        for start in range(0, len(one), TOKENS):
-            known = logits(one[start : start + TOKENS], weight).log_softmax(-1)
-            total += float((known.exp() * (known - logits(other[start : start + TOKENS], head).log_softmax(-1))).sum(dtype=torch.float64))
-    return total
+            rows.append(Row(name, scheme, error, activation, slope[name] * (joint * error + active * activation)))
+        return Sensitivity(tuple(rows), slope, joint, active, self.gain)

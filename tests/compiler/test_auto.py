@@ -10,7 +10,7 @@ import pytest
 
 from compiler import auto
 from compiler.checkpoints.resolve import open_checkpoint
-from compiler.quantizers.sensitivity import HEAD, Question, Sensitivity, in_blocks, kind_of, rounded, sensitivity
+from compiler.quantizers.sensitivity import LEAD, Question, Sensitivity, in_blocks, rounded, sensitivity
 from compiler.quantizers.windows import calibration_set, token_windows
 from compiler.recipe import parse_recipe
 from compiler.reference import reference_model
@@ -50,7 +50,7 @@ class Whole:
         import torch
 
         with torch.inference_mode():
-            return self.module(input_ids=self.windows, use_cache=False).logits.log_softmax(-1)
+            return self.module(input_ids=self.windows, use_cache=False).logits[:, self.windows.shape[1] // LEAD :].log_softmax(-1)
 
     def kl_with(self, matrices, scheme) -> float:
         """Mean KL in nats per token with `matrices` rounded, a tied embedding with its head; the weights are put back."""
@@ -72,25 +72,6 @@ class Whole:
         handle.remove()
         return seen[0]
 
-    def fisher(self, matrix: str, draws: int = 400) -> float:
-        """1/2 E[g^2] an output, over tokens the model draws."""
-        import torch
-
-        squares, generator = [], torch.Generator().manual_seed(7)
-
-        def hooked(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            output.register_hook(lambda gradient: squares.append(gradient.square().sum().item()))
-
-        handles = [linear.register_forward_hook(hooked) for linear in self.linears[matrix]]
-        for _ in range(draws):
-            embedded = self.module.get_input_embeddings()(self.windows).requires_grad_(True)
-            likely = self.module(inputs_embeds=embedded, use_cache=False).logits.log_softmax(-1)
-            drawn = torch.multinomial(likely.detach().exp().flatten(0, 1), 1, generator=generator).reshape(*self.windows.shape, 1)
-            likely.gather(2, drawn).sum().backward()
-        for handle in handles:
-            handle.remove()
-        return sum(squares) / draws / self.windows.numel() / sum(linear.out_features for linear in self.linears[matrix]) / 2
-
 
 def kernels(profile=None):
     """A machine on which 8 bits take twice the time of 4, and a token of every byte the same."""
@@ -106,8 +87,7 @@ def kernels(profile=None):
 
 def by_weights(found: Sensitivity) -> dict[tuple[str, str], float]:
     """The part of each row's loss that its weights cost."""
-    part = {row.matrix: found.factor["joint"] * found.factor[kind_of(row.matrix)] * found.slope[row.matrix] for row in found.rows}
-    return {(row.matrix, row.scheme): part[row.matrix] * row.error for row in found.rows}
+    return {(row.matrix, row.scheme): found.joint * found.slope[row.matrix] * row.error for row in found.rows}
 
 
 def test_losses_add_up_to_the_kl_that_was_measured(measured) -> None:
@@ -116,10 +96,8 @@ def test_losses_add_up_to_the_kl_that_was_measured(measured) -> None:
     assert len(names) == 9 and len(found.rows) == 9 * len(CHOICES)
     whole, losses = Whole(checkpoint, windows), by_weights(found)
     assert sum(losses[name, str(auto.PROBED)] for name in names) == pytest.approx(whole.kl_with(names, auto.PROBED), rel=1e-3)
-    for kind in map(kind_of, names):
-        part = [name for name in names if kind_of(name) == kind]
-        alone = sum(losses[name, str(auto.PROBED)] for name in part) / found.factor["joint"]
-        assert alone == pytest.approx(whole.kl_with(part, auto.PROBED), rel=2e-3), kind
+    for name in names:
+        assert losses[name, str(auto.PROBED)] / found.joint == pytest.approx(whole.kl_with([name], auto.PROBED), rel=2e-3), name
 
 
 def test_errors_are_those_of_the_weights_on_the_models_inputs(measured) -> None:
@@ -159,14 +137,6 @@ def test_rounded_activations_add_up_to_the_kl_that_was_measured(measured) -> Non
     weights = by_weights(found)
     total = sum(row.loss - weights[row.matrix, row.scheme] for row in found.rows if row.scheme == str(auto.PROBED))
     assert total == pytest.approx(expected, rel=1e-3)
-
-
-def test_slopes_are_the_fisher_information_of_outputs(measured) -> None:
-    """One draw a token against the mean of many: the same within sampling error."""
-    checkpoint, windows, found = measured
-    whole = Whole(checkpoint, windows)
-    for name in ("model.layers.0.attn.qkv_proj", "model.layers.1.mlp.down_proj", HEAD):
-        assert found.slope[name] == pytest.approx(whole.fisher(name, 30), rel=0.15), name
 
 
 def test_a_methods_gain_is_measured_on_windows_it_has_not_seen(tiny_llama) -> None:
