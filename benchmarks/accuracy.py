@@ -351,7 +351,8 @@ def main() -> None:
         if scored.read_bytes() == calibration.read_bytes():
             parser.error("scored and calibration text are the same")
         reference = make_reference(open_checkpoint(str(arguments.model)), scored, arguments.windows, work)
-        bench = Bench(reference, calibration, arguments.method, arguments.smooth, arguments.tune, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        rows = stored_rows(arguments.out.with_suffix(".json"))
+        bench = Bench(reference, calibration, arguments.method, arguments.smooth, arguments.tune, work, arguments.out, rows)
         how = f"{bench.method}{', smooth' if bench.smooth else ''}{', tuned' if bench.tune else ''}"
         for size in arguments.sizes:
             bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))

@@ -1,9 +1,10 @@
 """The figures of SECURITY.md, and their table in it.
 
     python benchmarks/trust.py            one digest over 16 ways to build, 8 builds at once, changed bytes; about two minutes; then the table
-    python benchmarks/trust.py --table    only write the table, from results/trust.json and results/interruptions.json
+    python benchmarks/trust.py --table    only write the table, from results/trust.json, results/interruptions.json and results/fuzz.json
 
-    python benchmarks/interruptions.py --json benchmarks/results/interruptions.json     the other half, about half an hour
+    python benchmarks/interruptions.py --json benchmarks/results/interruptions.json     another part, about half an hour
+    python benchmarks/fuzz.py                                                           and another, a minute a loader
 
 A tiny llama with a LoRA, int8-g32. Each build is a process of its own; what evaluates and measures is recorded once and given back, as in interruptions.py.
 """
@@ -161,6 +162,10 @@ def table() -> str:
         for row in json.loads((RESULTS / "interruptions.json").read_text()):
             found = f"{row['tried']} of {row['points']} points tried, {len({one['k'] for one in row['broken']})} broke a promise"
             rows.append((words[row["sweep"]], found, "benchmarks/interruptions.py"))
+    if (RESULTS / "fuzz.json").exists():
+        for row in json.loads((RESULTS / "fuzz.json").read_text()):
+            found = "nothing found" if not row["outcome"] else "a fault found"
+            rows.append((f"fuzzing `{row['target']}` by coverage", f"{row['runs']:,} inputs, {row['covered']} edges, {found}", "benchmarks/fuzz.py"))
     return "| what was tried | outcome | command |\n|---|---|---|\n" + "".join(f"| {what} | {found} | `{command}` |\n" for what, found, command in rows)
 
 

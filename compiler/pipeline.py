@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compiler import attached, auto, judge
+from compiler import attached, auto, judge, memory
 from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
 from compiler.evaluation.suite import Suite, recipe_suite
@@ -149,8 +149,12 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, suite = _planned(recipe), recipe_suite(recipe)
-    for item, _ in [] if recipe.quantize.auto else targets:
-        _plan(recipe, sources, suite, item)  # what cannot be built is told before anything is made
+    if recipe.quantize.auto:
+        memory.check(sources, 0)
+    for item, _ in [] if recipe.quantize.auto else targets:  # what cannot be built is told before anything is made
+        plan = _plan(recipe, sources, suite, item)
+        if store.get(plan.step("evaluate").key) is None:
+            memory.check(sources, attached.predicted_bytes(sources) + predicted_bytes(sources.merged, codes.schemes_of(recipe, sources.merged)))
     package.require_writable(out)
     run = Run(recipe, _made(recipe, sources, store, progress), suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]

@@ -43,7 +43,7 @@ Report = Callable[[str, int, int], None]
 HEAD, TABLE = "lm_head", "model.embed_tokens"
 FLOAT, ALL, ROUNDED = "float", "all matrices", "rounded activations"
 CHECKED = 8  # the last eighth of the batches is kept for checking, one at least
-TOKENS, STATES_MB = 640, 256
+TOKENS, STATES_MB = 512, 256
 MATRICES = 4  # of a block
 LEAD = 4  # the first of so many parts of a window is context only
 CHUNK = 128  # positions whose logits are held at a time
@@ -275,7 +275,9 @@ class Measuring:
             self._table()
             self.variants[HEAD] = self.variants[FLOAT]
         lead = self.short.windows.shape[1] // LEAD
-        states = {kind: [batch[:, lead:].reshape(-1, batch.shape[-1]) for batch in self.stream.head_inputs(found)] for kind, found in self.variants.items()}
+        states = {}
+        for kind in list(self.variants):
+            states[kind] = [batch[:, lead:].reshape(-1, batch.shape[-1]) for batch in self.stream.head_inputs(self.variants.pop(kind))]
         states[ROUNDED] = [in_blocks(batch, self.question.probed.group_size or 1) for batch in states[ROUNDED]]
         found = dict.fromkeys(states.keys() - {FLOAT}, 0.0)
         for number, batch in enumerate(states[FLOAT]):

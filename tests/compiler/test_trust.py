@@ -138,3 +138,23 @@ def test_a_place_that_cannot_be_written_is_told_before_work(here, trimtab, tmp_p
     (tmp_path / "file").write_text("")
     code, stdout, stderr = trimtab("compile", here / "recipe.yaml", "--out", tmp_path / "file" / "out", "--json")
     assert code == 1 and json.loads(stdout)["error"]["code"] == "OUTPUT", stderr
+
+
+def test_too_little_memory_is_told_before_anything_is_made(trimtab, tiny_llama, tmp_path, monkeypatch) -> None:
+    """The floor with its terms, and no step of the plan begun; with enough of it the same recipe is planned and made."""
+    from compiler import memory
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: x\nbase: {tiny_llama}\ntargets: [{{profile: here, limits: {{size_mb: 50}}}}]\n")
+    monkeypatch.setattr(memory, "available_bytes", lambda: (200_000_000, "that this process may use"))
+    code, stdout, stderr = trimtab("compile", recipe, "--out", tmp_path / "out", "--json")
+    assert code == 1 and json.loads(stdout)["error"]["code"] == "MEMORY"
+    assert "GB = 0.30 (libraries) + 0.00 (float model of 0." in stderr and "found 0.20 GB that this process may use" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_may_be_used_is_the_least_of_the_limits() -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+    command = [sys.executable, "-c", limited + "from compiler.memory import available_bytes; print(*available_bytes())"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(maxsplit=1)
+    assert 1 << 30 < int(said[0]) <= 3 << 30 and said[1].strip() == "that `ulimit -v` leaves"
