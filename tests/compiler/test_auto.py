@@ -147,6 +147,12 @@ def test_a_methods_gain_is_measured_on_windows_it_has_not_seen(tiny_llama) -> No
     assert all(0.1 < gain < 1 for gain in calibrated.gain.values())
     total = [sum(by_weights(found)[name, str(auto.PROBED)] for name in found.gain) for found in (plain, calibrated)]
     assert total[1] < total[0]
+    plain, calibrated = ({(row.matrix, row.scheme): row.error for row in found.rows} for found in (plain, calibrated))
+    shares = {name: calibrated[name] / plain[name] for name in plain}
+    of_groups = {scheme: {shares[name, scheme] / shares[name, str(auto.PROBED)] for name, scheme_of in shares if scheme_of == scheme} for _, scheme in shares}
+    assert max(of_groups[str(auto.PROBED)]) == min(of_groups[str(auto.PROBED)]) == 1
+    assert all(max(ratios) == pytest.approx(min(ratios)) for ratios in of_groups.values())  # one ratio a kind of group, the same for all matrices
+    assert any(max(ratios) != 1 for ratios in of_groups.values())
 
 
 def test_an_untied_table_is_chosen_for_too(tmp_path) -> None:
