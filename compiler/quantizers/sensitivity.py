@@ -5,11 +5,11 @@ For a change dW of one matrix and x its inputs, the KL to the float model grows 
     E |dW x|^2 = tr(dW H dW^T),     H = X^T X / tokens
 
 1. Slope. Each matrix takes the probed choice alone, all others stay float, and the KL of that model is measured on windows that no code was made from. Divided
-   by the matrix's output error at the probed choice this is its slope. (A Fisher estimate from gradients costs less and was tried first: gradients that gather
-   in few tokens, and errors that tokens share, put it wrong by factors of three to thirty from matrix to matrix.)
+   by the matrix's output error at the probed choice this is its slope. (Not a Fisher estimate from gradients, which costs less: gradients that gather in few
+   tokens, and errors that tokens share, are not in it, and they differ from matrix to matrix.)
 2. Rounding to nearest, every choice, on ROWS rows of the matrix, evenly spread. Under another method the error is that times gain = the method's error over
    that of rounding to nearest, measured once a matrix at the probed choice: codes made from the H of some windows, both errors taken with the H of others.
-   What a method gains hangs on the groups too (GPTQ's gains grow as groups get smaller, by a tenth from 64 to 16): one block in GROUPED shows, on FEW rows of
+   What a method gains hangs on the groups too (GPTQ gains more in smaller groups): one block in GROUPED shows, on FEW rows of
    its matrices, the gain at each kind of group over that at the probed one; the geometric mean holds for all matrices.
 3. Activations: MatMulNBits rounds its input x in blocks of the group size to 8 bits, amax / 127 a step. With e that rounding's errors, taken as independent,
    a matrix gains sum_k |W[:, k]|^2 E[e_k^2].
