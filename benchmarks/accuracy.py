@@ -43,9 +43,7 @@ from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages import export as export_stage
 from compiler.stages import smooth as smooth_stage
-from compiler.stages.keep import codes_for
 from compiler.stages.quantize import quantize_matrices, resolve_method
-from compiler.stages.tune import resolve_tuning, tune_scales
 from compiler.store import Store
 from runtimes.metrics import log_softmax
 from targets.profile import load_profile
@@ -130,16 +128,12 @@ def result(size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> di
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share. rows: what OUT.json holds, filled as systems are measured.
-
-    smooth, tune  whether ours fold loud inputs into weights first, and train scales last
-    """
+    """What all measurements share. rows: what OUT.json holds, filled as systems are measured. smooth: whether ours fold loud inputs into weights first."""
 
     reference: Reference
     calibration: Path
     method: str
     smooth: bool
-    tune: bool
     work: Path
     out: Path
     rows: list[dict[str, Any]]
@@ -205,10 +199,8 @@ class Bench:
             if params is not None:
                 quantize_matrices(checkpoint, params, text, codes, quiet)
             print(f"quantized in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-            if self.tune:
-                codes = self.tuned(checkpoint, schemes, codes if params else None, Path(folder) / "tuned")
             options = export_stage.resolve_options(checkpoint, schemes, None, None)
-            export_stage.export(checkpoint, options, out, quiet, codes if params or self.tune else None)
+            export_stage.export(checkpoint, options, out, quiet, codes if params else None)
             size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6
             loop = decoder.open_all_logits(out)
             stored, kl, same = np.load(self.reference.file, mmap_mode="r"), [], []
@@ -217,14 +209,6 @@ class Bench:
                 kl.append((np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64))
                 same.append(left.argmax(-1) == right.argmax(-1))
         return result(size, np.concatenate(kl), np.concatenate(same), len(stored))
-
-    def tuned(self, checkpoint: Checkpoint, schemes: Schemes, codes: Path | None, out: Path) -> Path:
-        """The folder of the same codes with scales trained on the calibration text."""
-        text, started = calibration_set(self.calibration), time.perf_counter()
-        out.mkdir()
-        found = tune_scales(checkpoint, resolve_tuning(checkpoint, schemes, text, 0), codes_for(checkpoint, schemes, codes), text, out, quiet)
-        print(f"tuned in {time.perf_counter() - started:.0f} s: held-out KL {found.before:.4f} -> {found.after:.4f}", file=sys.stderr, flush=True)
-        return out
 
     def peer(self, python: Path, program: str, model: Path, size_mb: float) -> dict[str, Any]:
         answer = run([python, "-c", program + COMPARE, model, self.reference.windows_file, self.reference.file, str(HALF)])
@@ -333,7 +317,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True, help="fold loud inputs into weights first")
-    parser.add_argument("--tune", action="store_true", help="train the scales of ours last")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
@@ -351,9 +334,8 @@ def main() -> None:
         if scored.read_bytes() == calibration.read_bytes():
             parser.error("scored and calibration text are the same")
         reference = make_reference(open_checkpoint(str(arguments.model)), scored, arguments.windows, work)
-        rows = stored_rows(arguments.out.with_suffix(".json"))
-        bench = Bench(reference, calibration, arguments.method, arguments.smooth, arguments.tune, work, arguments.out, rows)
-        how = f"{bench.method}{', smooth' if bench.smooth else ''}{', tuned' if bench.tune else ''}"
+        bench = Bench(reference, calibration, arguments.method, arguments.smooth, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        how = f"{bench.method}{', smooth' if bench.smooth else ''}"
         for size in arguments.sizes:
             bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))
         for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
