@@ -32,8 +32,8 @@ def available_bytes() -> tuple[int, str]:
     return min(found)
 
 
-def needed_bytes(sources: Sources, stored: int) -> Mapping[str, float]:
-    """The terms of the larger of the two sums. stored: bytes of the exported weights."""
+def needed_bytes(sources: Sources, stored: int, trains: bool) -> Mapping[str, float]:
+    """The terms of the larger of the two sums. stored: bytes of the exported weights; trains: a student is still to be made."""
     reference, made = sources.reference.parameter_count, sources.merged.parameter_count
     judged = {
         "libraries": LIBRARIES,
@@ -45,12 +45,12 @@ def needed_bytes(sources: Sources, stored: int) -> Mapping[str, float]:
         f"student of {made / 1e6:,.1f} M weights x {TRAINED} B": TRAINED * made,
         f"teacher of {reference / 1e6:,.1f} M weights x {FLOAT} B": FLOAT * reference,
     }
-    return max([judged, *([trained] if sources.distil else [])], key=lambda terms: sum(terms.values()))
+    return max([judged, *([trained] if trains else [])], key=lambda terms: sum(terms.values()))
 
 
-def check(sources: Sources, stored: int) -> None:
+def check(sources: Sources, stored: int, trains: bool) -> None:
     """Raises TrimtabError, code MEMORY, where even the floor is more than there is."""
-    terms, (available, whose) = needed_bytes(sources, stored), available_bytes()
+    terms, (available, whose) = needed_bytes(sources, stored, trains), available_bytes()
     if sum(terms.values()) > available:
         sums = " + ".join(f"{value / 1e9:.2f} ({name})" for name, value in terms.items())
         raise TrimtabError(

@@ -149,15 +149,24 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, suite = _planned(recipe), recipe_suite(recipe)
-    if recipe.quantize.auto:
-        memory.check(sources, 0)
-    for item, _ in [] if recipe.quantize.auto else targets:  # what cannot be built is told before anything is made
-        plan = _plan(recipe, sources, suite, item)
-        if store.get(plan.step("evaluate").key) is None:
-            memory.check(sources, attached.predicted_bytes(sources) + predicted_bytes(sources.merged, codes.schemes_of(recipe, sources.merged)))
+    _require_buildable(recipe, sources, suite, [item for item, _ in targets], store)
     package.require_writable(out)
     run = Run(recipe, _made(recipe, sources, store, progress), suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
+
+
+def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: Sequence[TargetItem], store: Store) -> None:
+    """What cannot be built is told before anything is made; memory only where work is left that takes it."""
+    trains = sources.distil is not None and store.get(sources.distil.key) is None
+    if recipe.quantize.auto:
+        if store.get(_sensitivity_step(recipe, sources).key) is None:
+            memory.check(sources, 0, trains)
+        return
+    plans = [_plan(recipe, sources, suite, item) for item in targets]
+    if any(store.get(plan.step("evaluate").key) is None for plan in plans):
+        decoder = plans[0].step("export").params["road"] == export_stage.DECODER
+        stored = predicted_bytes(sources.merged, codes.schemes_of(recipe, sources.merged), every_matrix=not decoder)
+        memory.check(sources, attached.predicted_bytes(sources) + stored, trains)
 
 
 def export_again(recipe: Recipe, options: Mapping[str, Any], store: Store, progress: Progress, check: Callable[[Sources], None]) -> Path:

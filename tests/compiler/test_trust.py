@@ -141,7 +141,7 @@ def test_a_place_that_cannot_be_written_is_told_before_work(here, trimtab, tmp_p
 
 
 def test_too_little_memory_is_told_before_anything_is_made(trimtab, tiny_llama, tmp_path, monkeypatch) -> None:
-    """The floor with its terms, and no step of the plan begun; with enough of it the same recipe is planned and made."""
+    """The floor with its terms, and nothing made."""
     from compiler import memory
 
     recipe = tmp_path / "recipe.yaml"
@@ -151,6 +151,20 @@ def test_too_little_memory_is_told_before_anything_is_made(trimtab, tiny_llama, 
     assert code == 1 and json.loads(stdout)["error"]["code"] == "MEMORY"
     assert "GB = 0.30 (libraries) + 0.00 (float model of 0." in stderr and "found 0.20 GB that this process may use" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_in_the_making_counts_with_gradients_and_teacher() -> None:
+    from types import SimpleNamespace
+
+    from compiler import memory
+
+    def model(weights: int) -> SimpleNamespace:
+        return SimpleNamespace(parameter_count=weights)
+
+    sources = SimpleNamespace(reference=model(100_000_000), merged=model(80_000_000))
+    judged, trained = (sum(memory.needed_bytes(sources, 50_000_000, trains).values()) for trains in (False, True))
+    assert judged == memory.LIBRARIES + 400e6 + 50e6
+    assert trained == memory.LIBRARIES + 16 * 80e6 + 400e6
 
 
 def test_what_may_be_used_is_the_least_of_the_limits() -> None:
