@@ -39,11 +39,14 @@ from compiler.evaluation.run import ChatFormat
 from compiler.evaluation.statistics import cluster_interval
 from compiler.quantizers.smooth import smoothed, smoothing
 from compiler.quantizers.windows import calibration_set, token_windows
+from compiler.record import peak_rss_mb
 from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages import export as export_stage
 from compiler.stages import smooth as smooth_stage
+from compiler.stages.keep import codes_for
 from compiler.stages.quantize import quantize_matrices, resolve_method
+from compiler.stages.tune import resolve_tuning, tune_scales
 from compiler.store import Store
 from runtimes.metrics import log_softmax
 from targets.profile import load_profile
@@ -169,8 +172,8 @@ class Bench:
     def under_auto(self) -> Checkpoint:
         return self.checkpoint(Schemes(parse_scheme(smooth_stage.UNDER_AUTO)))
 
-    def auto(self, size_mb: float) -> dict[str, Any]:
-        """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer."""
+    def auto(self, size_mb: float, tuned: bool = False) -> dict[str, Any]:
+        """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer. tuned: with `tune: scales`."""
         checkpoint, rows = self.under_auto, calibration_set(self.calibration)
         step = auto.sensitivity_step({"base": checkpoint.digest}, self.method, rows.digest)
         started = time.perf_counter()
@@ -181,26 +184,34 @@ class Bench:
         for _ in range(auto.ROUNDS):
             chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": aimed}).choose()
             print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
-            made = self.ours(checkpoint, chosen.schemes)
+            made = self.ours(checkpoint, chosen.schemes, tuned)
             if made["file_mb"] <= size_mb:
                 break
             aimed -= made["file_mb"] - size_mb + 0.01  # as `compile` chooses again when the check of its size disagrees
         return made
 
-    def ours(self, checkpoint: Checkpoint, schemes: Schemes) -> dict[str, Any]:
+    def ours(self, checkpoint: Checkpoint, schemes: Schemes, tuned: bool = False) -> dict[str, Any]:
         """Quantize, export, and score the exported graph."""
         text = calibration_set(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            codes, out = Path(folder) / "codes", Path(folder) / "out"
-            codes.mkdir()
-            out.mkdir()
+            codes, scaled, out = (Path(folder) / part for part in ("codes", "scaled", "out"))
+            for part in (codes, scaled, out):
+                part.mkdir()
             started = time.perf_counter()
             params = resolve_method(checkpoint, schemes, {"*": self.method}, text)
             if params is not None:
                 quantize_matrices(checkpoint, params, text, codes, quiet)
             print(f"quantized in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            if tuned:
+                started = time.perf_counter()
+                changed = tune_scales(checkpoint, resolve_tuning(checkpoint, schemes, text, 0), codes_for(checkpoint, schemes, codes), text, scaled, quiet)
+                print(
+                    f"tuned in {time.perf_counter() - started:.0f} s, held out {changed.before:.4f} -> {changed.after:.4f}; {peak_rss_mb():.0f} MB",
+                    file=sys.stderr,
+                    flush=True,
+                )
             options = export_stage.resolve_options(checkpoint, schemes, None, None)
-            export_stage.export(checkpoint, options, out, quiet, codes if params else None)
+            export_stage.export(checkpoint, options, out, quiet, scaled if tuned else codes if params else None)
             size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6
             loop = decoder.open_all_logits(out)
             stored, kl, same = np.load(self.reference.file, mmap_mode="r"), [], []
@@ -319,6 +330,7 @@ def main() -> None:
     parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True, help="fold loud inputs into weights first")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
+    parser.add_argument("--tuned", type=float, nargs="*", default=(), help="sizes in MB for scheme: auto with tune: scales")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
     arguments = parser.parse_args()
     if arguments.model is None:
@@ -338,6 +350,8 @@ def main() -> None:
         how = f"{bench.method}{', smooth' if bench.smooth else ''}"
         for size in arguments.sizes:
             bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))
+        for size in arguments.tuned:
+            bench.add(f"trimtab auto {how}, tuned {size:g} MB", lambda size=size: bench.auto(size, tuned=True))
         for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
             name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
             bench.add(name, lambda kind=kind: bench.llama(pythons["llama.cpp"], arguments.gguf, kind))

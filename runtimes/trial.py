@@ -31,7 +31,8 @@ REMEDY = "do not use this model, or take its tokenizer files from where it was p
 def try_files(template: str, variables: Mapping[str, Any], tokenizer: str, place: str) -> None:
     """Render conversations and encode texts in a limited process. template, tokenizer: contents, "" for none.
 
-    Raises BundleError: TEMPLATE_UNSAFE, TEMPLATE (no conversation renders), TEMPLATE_LIMIT, TOKENIZER_JSON or TOKENIZER_LIMIT.
+    Raises BundleError: TEMPLATE_UNSAFE, TEMPLATE (no conversation renders), TEMPLATE_LIMIT, TOKENIZER_JSON or TOKENIZER_LIMIT; MEMORY
+    where this machine's own limits let no such process start.
     """
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join([root, *(path for path in [os.environ.get("PYTHONPATH", "")] if path)])
@@ -42,12 +43,15 @@ def try_files(template: str, variables: Mapping[str, Any], tokenizer: str, place
     stages = [line for line in done.stdout.decode(errors="replace").splitlines() if line]
     if done.returncode == 0:
         return
+    if not stages:  # it read nothing of the model yet
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        expected, remedy = f"a process of up to {MEMORY_BYTES >> 30} GiB of addresses", "raise the limit on a process's memory (ulimit -v)"
+        raise BundleError("trial of template and tokenizer", expected=expected, found=f"none could start: {last}", remedy=remedy, code="MEMORY")
     if stages and stages[-1].startswith("{"):
         fault = json.loads(stages[-1])
         raise BundleError(f"{place}: {fault.pop('place')}", **fault)
-    part = stages[-1] if stages else "template"
-    found = f"a process that ended with {done.returncode} in its {part}"
-    code = "TEMPLATE_LIMIT" if part == "template" else "TOKENIZER_LIMIT"
+    found = f"a process that ended with {done.returncode} in its {stages[-1]}"
+    code = "TEMPLATE_LIMIT" if stages[-1] == "template" else "TOKENIZER_LIMIT"
     raise BundleError(place, expected=f"{SECONDS} s and {MEMORY_BYTES >> 30} GiB to suffice for short texts", found=found, remedy=REMEDY, code=code)
 
 
@@ -55,8 +59,14 @@ def main() -> int:
     """The child: the stage's name on stdout before it begins, then an error as JSON, or nothing."""
     import resource
 
+    import tokenizers  # noqa: F401  # both before anything of the model is read
+
+    import runtimes.chat  # noqa: F401
+
     asked = json.loads(sys.stdin.buffer.read())
     for limit, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        given = resource.getrlimit(limit)[1]  # may be less already, and cannot be raised
+        most = most if given == resource.RLIM_INFINITY else min(most, given)
         resource.setrlimit(limit, (most, most))
     try:
         if asked["template"]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from runtimes import trial
 from targets.errors import BundleError
 
+LESS = trial.MEMORY_BYTES // 2
 GOOD = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -45,3 +51,18 @@ def test_what_is_no_tokenizer() -> None:
     with pytest.raises(BundleError) as caught:
         trial.try_files("", {}, "{}", "model")
     assert caught.value.code == "TOKENIZER_JSON"
+
+
+def test_a_lower_limit_of_the_machine_is_kept() -> None:
+    def less() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (LESS, LESS))
+
+    program = "from runtimes.trial import try_files; try_files('{{ 1 }}', {}, '', 'model')"
+    subprocess.run([sys.executable, "-c", program], preexec_fn=less, cwd=Path(__file__).parents[2], check=True)
+
+
+def test_a_process_that_cannot_start_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(BundleError, match="ulimit -v") as caught:
+        trial.try_files(GOOD, {}, "", "model")
+    assert caught.value.code == "MEMORY"
