@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_the_state_before(four_layers, corpus, monkeypatch):
     assert torch.load(corpus / "state" / "state.pt", weights_only=True)["progress"]["step"] == 4
 
 
-def _train_and_keep(path, corpus, kill_at):
+def _train_and_keep(path, corpus, how, kill_at):
     from compiler.distil import training
 
     torch.set_num_threads(1)
@@ -303,19 +303,20 @@ def _train_and_keep(path, corpus, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     student = student_of(path)
-    settings = Settings(steps=30, rate=2e-3, noise=1.0, batch=2)
+    settings = Settings(steps=30, rate=2e-3, noise=1.0, batch=2, train=how)
     train(student, 3, lesson(corpus, path), settings, corpus / "state", report)
     torch.save(student.state_dict(), corpus / "done.pt")
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(four_layers, corpus, tmp_path_factory):
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_a_killed_run_goes_on_to_the_same_weights(four_layers, corpus, tmp_path_factory, how):
     context = multiprocessing.get_context("spawn")
     results = []
     for kills in ((), (7, 19)):
         folder = tmp_path_factory.mktemp("run")
         (folder / "ids.json").write_text((corpus / "ids.json").read_text())
         for kill_at in (*kills, 0):
-            child = context.Process(target=_train_and_keep, args=(four_layers, folder, kill_at))
+            child = context.Process(target=_train_and_keep, args=(four_layers, folder, how, kill_at))
             child.start()
             child.join()
             assert child.exitcode == (-signal.SIGKILL if kill_at else 0)
