@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,16 @@ class Bench:
         Progress.update = counted  # type: ignore[method-assign]
         Progress._say = lambda self, *given, **named: (counted(self), say(self, *given, **named))[1]  # type: ignore[method-assign,assignment,misc]
 
-    def case(self, sweep: Sweep, k: int, older: bool) -> list[str]:
-        """Interrupt, look, run again, look; the promises that were broken."""
+    def case(self, sweep: Sweep, k: int, older: bool) -> list[str] | None:
+        """Interrupt, look, run again, look; the promises that were broken. None where this run told its progress less than k times: nothing was done to it."""
         work = Path(tempfile.mkdtemp(prefix="case-", dir=self.place))
         try:
             if older:
                 (work / "out").mkdir()
                 shutil.copytree(self.place / "old" / "out" / "tiny-here", work / "out" / "tiny-here")
             done = self.run("new", work, sweep, k)
+            if sweep.signal and done.code == 0 and done.events < k:
+                return None
             faults = self._faults(done, work, sweep, older)
             again = self.run("new", work)
             if again.code or digest_of(work) != self.digests["new"] or leftovers(work):
@@ -231,17 +233,19 @@ def counted(bench: Bench, sweep: Sweep, older: bool) -> int:
 
 def run_sweep(bench: Bench, name: str, most: int) -> dict[str, Any]:
     """One row of the result: points there are, points tried, cases that broke a promise."""
-    sweep, started, broken = SWEEPS[name], time.monotonic(), []
+    sweep, started, broken, missed = SWEEPS[name], time.monotonic(), [], 0
     total, fresh = counted(bench, sweep, older=True), counted(bench, sweep, older=False)
     tried = sorted({1 + round(i * (total - 1) / max(most - 1, 1)) for i in range(most)}) if most and most < total else list(range(1, total + 1))
     for number, k in enumerate(tried):
         older = k > fresh or number % 2 == 0
-        for fault in bench.case(sweep, k, older):
+        faults = bench.case(sweep, k, older)
+        missed += faults is None
+        for fault in faults or ():
             broken.append({"k": k, "older": older, "fault": fault})
             print(f"{name} {k}: {fault}", file=sys.stderr, flush=True)
         if number % 20 == 0:
             print(f"{name}: {number + 1} of {len(tried)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return {"sweep": name, **{key: value for key, value in asdict(sweep).items() if key == "forever"}, "points": total, "tried": len(tried), "broken": broken}
+    return {"sweep": name, "forever": sweep.forever, "points": total, "tried": len(tried) - missed, "broken": broken}
 
 
 def write_recipes(place: Path, base: Path, delta: Path) -> None:

@@ -39,7 +39,21 @@ MAX_SECONDS = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Interrupted(BaseException):
+    """Ctrl-C: under a name that click does not know, because it would write an empty line of its own to stderr."""
+
+
+class Commands(click.Group):
+    """The commands, with Ctrl-C left to `main`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="trimtab")
 def cli() -> None:
     """Compile a base transformer plus its trained deltas into a verified deployment bundle for one named machine.
@@ -76,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("trimtab: interrupted; nothing was published", err=True)
+    except (click.Abort, KeyboardInterrupt, Interrupted):
+        after_typed = "\n" if sys.stderr.isatty() else ""  # a terminal shows ^C
+        click.echo(f"{after_typed}trimtab: interrupted; nothing was published", err=True)
         code = 130
     except Terminated:
         click.echo("trimtab: terminated; nothing was published", err=True)

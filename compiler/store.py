@@ -1,7 +1,7 @@
 """`Store`: results of steps, found again by what they were made from.
 
 A key is sha256 over named parts (contents, parameters, library versions; never paths or times). An entry is a folder
-that is written beside its place, closed with `entry.json` (its key, its parts, every file's sha256 and size), synced, and
+that is written beside its place, closed with `entry.json` (its key, its parts, every file's sha256 and size, and its own), synced, and
 renamed: it is there whole or not at all. What is read is verified first; a damaged entry is removed and made again. Failures
 are never stored.
 
@@ -28,7 +28,7 @@ from compiler.errors import OutputError
 from targets.machine import cache_folder
 
 ENTRY = "entry.json"
-SCHEMA = 2  # of entry.json
+SCHEMA = 3  # of entry.json
 MAKING = "making-"
 SCRATCH, IN_USE = "scratch", ".in-use"
 
@@ -166,7 +166,7 @@ class Store:
                 yield work
                 rows = {str(path.relative_to(work)): [path.stat().st_size, file_digest(path)] for path in sorted(work.rglob("*")) if path.is_file()}
                 entry = {"schema": SCHEMA, "key": key, "parts": dict(parts or {}), "files": rows}
-                (work / ENTRY).write_text(json.dumps(entry, sort_keys=True))
+                (work / ENTRY).write_text(sealed(entry))
                 sync_tree(work)
                 try:
                     work.rename(place)
@@ -278,14 +278,21 @@ def _close_all(pins: dict[str, int]) -> None:
         os.close(pins.popitem()[1])
 
 
+def sealed(entry: Mapping[str, Any]) -> str:
+    """Text of entry.json, which holds the sha256 of itself without that. {"key": "k"} -> {"key": "k", "seal": "..."}"""
+    text = json.dumps(entry, sort_keys=True)
+    return f'{text[:-1]}, "seal": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
 def read_entry(place: Path) -> dict[str, Any]:
-    """entry.json of an entry, {} when it is none for this folder's key."""
+    """entry.json of an entry, {} when a byte of it is another, or it is none for this folder's key."""
     try:
-        told = json.loads((place / ENTRY).read_text())
-    except (OSError, ValueError, RecursionError):
+        text = (place / ENTRY).read_text()
+        told = json.loads(text)
+        told.pop("seal")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return {}
-    right = isinstance(told, dict) and told.get("schema") == SCHEMA and told.get("key") == place.name and isinstance(told.get("files"), dict)
-    return told if right else {}
+    return told if text == sealed(told) and told["schema"] == SCHEMA and told["key"] == place.name else {}
 
 
 def intact(place: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from compiler.errors import OutputError
 from compiler.explain import difference
 from compiler.stages import package
-from compiler.store import Store, cache_key, writing
+from compiler.store import Store, cache_key, intact, writing
 
 
 @pytest.fixture
@@ -56,6 +56,20 @@ def test_a_damaged_entry_is_made_again(store, harm):
     assert store.get("k") is None
     fill(store, "k")
     assert store.get("k") is not None
+
+
+def test_every_flipped_bit_of_a_listing_is_found(store):
+    with store.make("k", {"stage": "export", "rate": 1e-05}) as work:
+        (work / "file").write_text("content")
+    listing = store.place("k") / "entry.json"
+    whole = listing.read_bytes()
+    for place in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        listing.write_bytes(changed)
+        assert not intact(store.place("k")), bytes(changed)
+    listing.write_bytes(whole)
+    assert intact(store.place("k"))
 
 
 def test_two_makers_of_one_key_agree(store):
