@@ -210,6 +210,8 @@ CASES: dict[str, tuple[str, int, Callable[[], Any], list[str]]] = {
     "23 alpha text": ("ADAPTER_SCALE", 1, lambda: edit(Path("delta/adapter_config.json"), lora_alpha="high"), MERGE),
     "24 pattern for ever": ("REGEX_LIMIT", 1, lambda: edit(Path("delta/adapter_config.json"), rank_pattern={"(a+)+$": 4}), MERGE),
     "24 no pattern": ("REGEX_LIMIT", 1, lambda: edit(Path("delta/adapter_config.json"), rank_pattern={"(": 4}), MERGE),
+    "24 pattern of itself": ("REGEX_LIMIT", 1, lambda: edit(Path("delta/adapter_config.json"), rank_pattern={r"(q)\2": 4}), MERGE),
+    "24 pattern that looks back": ("REGEX_LIMIT", 1, lambda: edit(Path("delta/adapter_config.json"), rank_pattern={"(?<=a+)q": 4}), MERGE),
     "25 matches nothing": ("ADAPTER_UNMATCHED", 1, lambda: header(rename, path=Path("delta/adapter_model.safetensors")), MERGE),
     "26 index negative": ("SPARSE_INDEX", 1, lambda: own_delta(lambda parts: parts["indices"].put(0, -1)), OWN),
     "26 index beyond": ("SPARSE_INDEX", 1, lambda: own_delta(lambda parts: parts["indices"].put(2, 96 * 96)), OWN),

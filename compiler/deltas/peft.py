@@ -7,6 +7,7 @@ tensors of the file are whole tensors that replace the base's (`modules_to_save`
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -172,22 +173,30 @@ def misfit(place: str, expected: str, parts: Parts, code: str = "ADAPTER_SHAPE")
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern p for which `(.*\\.)?(p)$` matches the module's name. Raises DeltaError for a pattern that is none, or too slow."""
     for pattern, value in (patterns or {}).items():
-        _check_pattern(pattern)
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default
 
 
 @cache
-def _check_pattern(pattern: str) -> None:
-    """A pattern comes with the adapter. Repeats within repeats, `(a+)+`, take time exponential in the name's length; many in a row a high power of it."""
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`(.*\\.)?(p)$`. Repeats within repeats, `(a+)+`, take time exponential in the name's length; many in a row a high power of it.
+
+    Groups are counted in the whole, as PEFT counts them: \\2 in p is p itself. Raises DeltaError.
+    """
     place, remedy = f"adapter_config.json: pattern {pattern[:80]!r}", "write out the modules' names"
+    endless = wrong_delta(place, f"at most {MOST_REPEATS} repeats, none in another", "a pattern that may take for ever", remedy, "REGEX_LIMIT")
+    if len(pattern) > PATTERN_LIMIT:
+        raise endless
     try:
-        repeats = _repeats(re_parser.parse(pattern), 0) if len(pattern) <= PATTERN_LIMIT else [0] * PATTERN_LIMIT
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+            repeats, whole = _repeats(re_parser.parse(pattern), 0), re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         raise wrong_delta(place, "a regular expression", str(error), remedy, "REGEX_LIMIT") from error
     if len(repeats) > MOST_REPEATS or max(repeats, default=0) > 0:
-        raise wrong_delta(place, f"at most {MOST_REPEATS} repeats, none in another", "a pattern that may take for ever", remedy, "REGEX_LIMIT")
+        raise endless
+    return whole
 
 
 def _repeats(parsed: Any, depth: int) -> list[int]:
