@@ -135,18 +135,19 @@ def _accuracy(what: Quantity, limit: float, metric: Mapping[str, Any], stage: st
 
 
 def _percentile(what: Quantity, limit: float | None, percentile: float, samples: Sequence[float], measured: Measured) -> Check:
-    if not len(samples):
-        return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="no undisturbed sample")
-    test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
     scene = scene_of(what.name)
     dropped = measured.dropped.get(scene, 0)
     told = [
         measured.conditions.get(scene, ""),
+        "" if len(samples) else "no undisturbed sample",
         f"{dropped} disturbed samples left out" if dropped else "",
         "emulation" if measured.emulated else "",
         measured.crowded,
     ]
     note = "; ".join(part for part in told if part)
+    if not len(samples):
+        return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note=note)
+    test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
     return Check(
         what.name,
         float("nan") if test["estimate"] is None else test["estimate"],

@@ -104,3 +104,9 @@ def test_company_fails_no_throughput(limit, outcome):
 def test_company_fails_no_load_time():
     slow = {"scalars": {"load_s": [2.0, 1.0]}, "crowded": "other processes took the time of 1.0 processors"}
     assert [checks({"load_s": limit}, measured(**slow))[0].outcome for limit in (2.0, 1.0, 0.2)] == [PASS, INCONCLUSIVE, FAIL]
+
+
+def test_without_an_undisturbed_sample_the_note_still_says_what_was_run():
+    busy = measured(series={"server.latency": []}, conditions={"server": "scene server, rate_per_s 40"}, dropped={"server": 7})
+    (check,) = [row for row in checks({"server.latency_p50_ms": 100.0}, busy) if row.name == "server.latency_p50_ms"]
+    assert check.outcome == INCONCLUSIVE and check.note == "scene server, rate_per_s 40; no undisturbed sample; 7 disturbed samples left out"
