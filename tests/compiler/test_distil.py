@@ -310,7 +310,8 @@ def _train_and_keep(path, corpus, how, kill_at):
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_a_killed_run_goes_on_to_the_same_weights(four_layers, corpus, tmp_path_factory, how):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # one import of torch for all of them
+    context.set_forkserver_preload([__name__])
     results = []
     for kills in ((), (7, 19)):
         folder = tmp_path_factory.mktemp("run")
