@@ -19,7 +19,7 @@ from compiler.cli_bench import bench_command
 from compiler.cli_compare import compare_command
 from compiler.cli_delta import delta_group
 from compiler.cli_distil import distil_command
-from compiler.cli_parts import AS_JSON, DELTAS, OUT
+from compiler.cli_parts import AS_JSON, DELTAS, OUT, Commands, Interrupted
 from compiler.cli_parts import finish as _finish
 from compiler.cli_parts import mixture as _mixture
 from compiler.cli_parts import print_json as _print_json
@@ -37,20 +37,6 @@ JUNIT = click.option("--junit", type=click.Path(path_type=Path), help="File for 
 MAX_SECONDS = click.option(
     "--max-seconds", type=click.FloatRange(0), default=0.0, metavar="S", help="Cap on measuring a target; what is undecided then is INCONCLUSIVE. 0: none."
 )
-
-
-class Interrupted(BaseException):
-    """Ctrl-C: under a name that click does not know, because it would write an empty line of its own to stderr."""
-
-
-class Commands(click.Group):
-    """The commands, with Ctrl-C left to `main`."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise Interrupted from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -84,3 +84,17 @@ def _scaled(text: str) -> tuple[str, float]:
         return pattern, float(factor)
     except ValueError as error:
         raise RecipeError(f"--scale {text}", expected="PATTERN=number", found=repr(factor or text), remedy="for example --scale '*.mlp.*=0.5'") from error
+
+
+class Interrupted(BaseException):
+    """Ctrl-C: under a name that click does not know, because it would write an empty line of its own to stderr."""
+
+
+class Commands(click.Group):
+    """The commands, with Ctrl-C left to `main`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
