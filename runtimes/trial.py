@@ -47,7 +47,7 @@ def try_files(template: str, variables: Mapping[str, Any], tokenizer: str, place
         last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         expected, remedy = f"a process of up to {MEMORY_BYTES >> 30} GiB of addresses", "raise the limit on a process's memory (ulimit -v)"
         raise BundleError("trial of template and tokenizer", expected=expected, found=f"none could start: {last}", remedy=remedy, code="MEMORY")
-    if stages and stages[-1].startswith("{"):
+    if stages[-1].startswith("{"):
         fault = json.loads(stages[-1])
         raise BundleError(f"{place}: {fault.pop('place')}", **fault)
     found = f"a process that ended with {done.returncode} in its {stages[-1]}"
