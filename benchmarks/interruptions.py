@@ -114,6 +114,7 @@ class Bench:
     def _child(self, recipe: str, work: Path, sweep: Sweep | None, k: int, record: bool, told: Path) -> int:
         from compiler.cli import main
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
         with told.open("w") as file, Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
             os.dup2(file.fileno(), 2)
