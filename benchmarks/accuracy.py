@@ -1,6 +1,7 @@
 """Accuracy per byte: KL to the fp32 reference at given sizes, ours beside llama.cpp with an importance matrix and OpenVINO, in one run.
 
     python benchmarks/accuracy.py --text FILE [--calibration OTHER] [--model HF_FOLDER --gguf FILE] [--peers llama.cpp openvino] [--out OUT]
+    python benchmarks/accuracy.py --text FILE --calibration OTHER --sizes --uniform --peers --tuned 77 --tune-text THIRD
 
 Scored as in many papers' tables: windows of 512 tokens, the first half context, the second half scored; mean over tokens of KL(reference || model) in nats.
 Ours are the exported graphs in onnxruntime: uniform schemes, and `scheme: auto` at each size. Peers are quantized here from the same weights, llama.cpp's
@@ -46,7 +47,7 @@ from compiler.stages import export as export_stage
 from compiler.stages import smooth as smooth_stage
 from compiler.stages.keep import codes_for
 from compiler.stages.quantize import quantize_matrices, resolve_method
-from compiler.stages.tune import resolve_tuning, tune_scales
+from compiler.stages.tune import resolve_tuning, tune
 from compiler.store import Store
 from runtimes.metrics import log_softmax
 from targets.profile import load_profile
@@ -131,10 +132,14 @@ def result(size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> di
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share. rows: what OUT.json holds, filled as systems are measured. smooth: whether ours fold loud inputs into weights first."""
+    """What all measurements share. rows: what OUT.json holds, filled as systems are measured. smooth: whether ours fold loud inputs into weights first.
+
+    tune_text: what codes and scales are tuned on.
+    """
 
     reference: Reference
     calibration: Path
+    tune_text: Path
     method: str
     smooth: bool
     work: Path
@@ -172,8 +177,8 @@ class Bench:
     def under_auto(self) -> Checkpoint:
         return self.checkpoint(Schemes(parse_scheme(smooth_stage.UNDER_AUTO)))
 
-    def auto(self, size_mb: float, tuned: bool = False) -> dict[str, Any]:
-        """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer. tuned: with `tune: scales`."""
+    def auto(self, size_mb: float, tuned: str | None = None) -> dict[str, Any]:
+        """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer. tuned: `quantize.tune`."""
         checkpoint, rows = self.under_auto, calibration_set(self.calibration)
         step = auto.sensitivity_step({"base": checkpoint.digest}, self.method, rows.digest)
         started = time.perf_counter()
@@ -190,7 +195,7 @@ class Bench:
             aimed -= made["file_mb"] - size_mb + 0.01  # as `compile` chooses again when the check of its size disagrees
         return made
 
-    def ours(self, checkpoint: Checkpoint, schemes: Schemes, tuned: bool = False) -> dict[str, Any]:
+    def ours(self, checkpoint: Checkpoint, schemes: Schemes, tuned: str | None = None) -> dict[str, Any]:
         """Quantize, export, and score the exported graph."""
         text = calibration_set(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
@@ -203,13 +208,10 @@ class Bench:
                 quantize_matrices(checkpoint, params, text, codes, quiet)
             print(f"quantized in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             if tuned:
-                started = time.perf_counter()
-                changed = tune_scales(checkpoint, resolve_tuning(checkpoint, schemes, text, 0), codes_for(checkpoint, schemes, codes), text, scaled, quiet)
-                print(
-                    f"tuned in {time.perf_counter() - started:.0f} s, held out {changed.before:.4f} -> {changed.after:.4f}; {peak_rss_mb():.0f} MB",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                started, text = time.perf_counter(), calibration_set(self.tune_text)
+                asked = resolve_tuning(checkpoint, schemes, text, 0, tuned)
+                told = tune(checkpoint, asked, codes_for(checkpoint, schemes, codes), text, scaled, Path(folder) / "state", quiet)
+                print(f"tuned in {time.perf_counter() - started:.0f} s, {told}; {peak_rss_mb():.0f} MB", file=sys.stderr, flush=True)
             options = export_stage.resolve_options(checkpoint, schemes, None, None)
             export_stage.export(checkpoint, options, out, quiet, scaled if tuned else codes if params else None)
             size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6
@@ -330,7 +332,9 @@ def main() -> None:
     parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True, help="fold loud inputs into weights first")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="our uniform schemes")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, help="sizes in MB for scheme: auto")
-    parser.add_argument("--tuned", type=float, nargs="*", default=(), help="sizes in MB for scheme: auto with tune: scales")
+    parser.add_argument("--tuned", type=float, nargs="*", default=(), help="sizes in MB for scheme: auto with --tune")
+    parser.add_argument("--tune", choices=("codes", "scales"), default="codes", help="quantize.tune of --tuned")
+    parser.add_argument("--tune-text", type=Path, help="plain text to tune on; the calibration text if not given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
     arguments = parser.parse_args()
     if arguments.model is None:
@@ -346,12 +350,13 @@ def main() -> None:
         if scored.read_bytes() == calibration.read_bytes():
             parser.error("scored and calibration text are the same")
         reference = make_reference(open_checkpoint(str(arguments.model)), scored, arguments.windows, work)
-        bench = Bench(reference, calibration, arguments.method, arguments.smooth, work, arguments.out, stored_rows(arguments.out.with_suffix(".json")))
+        stored = stored_rows(arguments.out.with_suffix(".json"))
+        bench = Bench(reference, calibration, arguments.tune_text or calibration, arguments.method, arguments.smooth, work, arguments.out, stored)
         how = f"{bench.method}{', smooth' if bench.smooth else ''}"
         for size in arguments.sizes:
             bench.add(f"trimtab auto {how} {size:g} MB", lambda size=size: bench.auto(size))
         for size in arguments.tuned:
-            bench.add(f"trimtab auto {how}, tuned {size:g} MB", lambda size=size: bench.auto(size, tuned=True))
+            bench.add(f"trimtab auto {how}, tuned {arguments.tune} {size:g} MB", lambda size=size: bench.auto(size, arguments.tune))
         for kind in LLAMA_TYPES if "llama.cpp" in pythons else ():
             name = f"llama.cpp {kind}" + ("" if kind in WITHOUT_IMATRIX else " imatrix")
             bench.add(name, lambda kind=kind: bench.llama(pythons["llama.cpp"], arguments.gguf, kind))

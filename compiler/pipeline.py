@@ -281,8 +281,9 @@ class Run:
             cached = self.store.get(step.key) or (rest[0] if all(rest) else None)  # with both at hand nobody asks for the codes
             with self.progress.stage(step.stage, codes.described(step) + (" (cached)" if cached else "")):
                 if cached is None:
-                    make = partial(codes.make, step, self.recipe, sources.weights, made, progress=self.progress)
+                    make = partial(codes.make, step, self.recipe, sources.weights, made, store=self.store, progress=self.progress)
                     self.store.obtain(step.key, make, step.named)
+                    self.store.forget(step.key)
             made, read = self.store.place(step.key), [sources.weights.digest]
             records.append(Record(step.stage, step.key, read, ["codes"], dict(step.params), cached is not None, bytes=tree_bytes(made), **watch.account))
         return made, records

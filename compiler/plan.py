@@ -15,7 +15,7 @@ from compiler.record import versions
 from compiler.store import Store, cache_key
 
 # Raised by hand whenever a stage's output changes for the same inputs.
-CODES_VERSIONS = {"quantize": 3, "tune": 1}
+CODES_VERSIONS = {"quantize": 3, "tune": 2}
 EXPORT_VERSION = 4
 EVALUATE_VERSION = 5
 
@@ -73,7 +73,7 @@ def make_plan(
 
     merge     base and delta digests, weights, combine method: the identity of the merged weights
     codes     steps that make the codes which the export takes, in order, with what each depends on: `quantize` for a quantizer that looks at more than a row
-              block, `tune` for trained scales; None where the export rounds to nearest as it streams
+              block, `tune` for trained codes or scales; None where the export rounds to nearest as it streams
     export    schemes and graph options, already resolved from recipe and target
     evaluate  digest of the data, metrics
     """

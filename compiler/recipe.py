@@ -125,14 +125,14 @@ class Quantize(Part):
 
     calibration: builtin, recipe (rows of evaluate.data that are not scored), or a file of text or JSONL (chats or texts); only methods that look at
     activations, smooth, tune and auto read it. smooth: fold loud inputs of a decoder's matrices into their weights first (compiler.quantizers.smooth).
-    tune: scales: train the scales against the float model on the same text, codes as they are (compiler.quantizers.tune).
+    tune: train against the float model on the same text: codes (compiler.quantizers.blockwise), or scales with codes as they are (compiler.quantizers.tune).
     """
 
     scheme: str = "int4-g64"
     method: Literal["rtn", "search", "imatrix", "gptq"] = "rtn"
     calibration: str = "builtin"
     smooth: bool = False
-    tune: Literal["scales"] | None = None
+    tune: Literal["codes", "scales"] | None = None
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property

@@ -154,7 +154,7 @@ class BlockStream:
         """A block with its weights, and the states that stand before it; only in or after `blocks`. `empty` frees it."""
         name, module = f"model.layers.{index}", self.base.layers[index]
         self._fill(name, module)
-        return Block(name, module, self._linears(name, module), self.hidden, self.kwargs[index])
+        return Block(name, module, self.linears(name, module), self.hidden, self.kwargs[index])
 
     def empty(self, index: int) -> None:
         """Free a block, and give what it took back to the system: glibc would keep much of it, block after block."""
@@ -239,7 +239,8 @@ class BlockStream:
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False)
 
-    def _linears(self, name: str, module: Any) -> dict[str, list[Any]]:
+    def linears(self, name: str, module: Any) -> dict[str, list[Any]]:
+        """Fused matrix -> the torch linears stacked in it, in the order of the graph's rows."""
         import torch
 
         found: dict[str, list[Any]] = {}

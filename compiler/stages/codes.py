@@ -18,7 +18,8 @@ from compiler.scheme import Schemes
 from compiler.stages import export as export_stage
 from compiler.stages.keep import AS_IS, codes_for, rounded_again, schemes_for
 from compiler.stages.quantize import quantize_matrices, resolve_method
-from compiler.stages.tune import resolve_tuning, tune_scales
+from compiler.stages.tune import resolve_tuning, tune
+from compiler.store import Store
 
 STAGES = ("quantize", "tune")
 
@@ -43,7 +44,7 @@ def code_steps(recipe: Recipe, merged: Checkpoint, schemes: Schemes, road: str) 
     text = calibration_text(recipe) if METHODS[recipe.quantize.method].calibrated else None
     made = {"quantize": resolve_method(merged, schemes, {"*": recipe.quantize.method}, text)}
     if recipe.quantize.tune:
-        made["tune"] = resolve_tuning(merged, schemes, calibration_text(recipe), recipe.seed)
+        made["tune"] = resolve_tuning(merged, schemes, calibration_text(recipe), recipe.seed, recipe.quantize.tune)
     return {stage: params for stage, params in made.items() if params is not None}
 
 
@@ -78,18 +79,19 @@ def notes(recipe: Recipe, merged: Checkpoint, options: Mapping[str, Any]) -> lis
     return found
 
 
-def make(step: Step, recipe: Recipe, merged: Checkpoint, before: Path | None, work: Path, progress: Progress) -> None:
+def make(step: Step, recipe: Recipe, merged: Checkpoint, before: Path | None, work: Path, store: Store, progress: Progress) -> None:
     """Fill `work` with the codes of one of STAGES. before: what the step ahead of it made."""
     if step.stage == "quantize":
         text = calibration_text(recipe) if step.params["calibration"] else None
         quantize_matrices(merged, step.params, text, work, progress.update)
         return
     codes_of = codes_for(merged, export_stage.schemes_in(step.params), before)
-    tuned = tune_scales(merged, step.params, codes_of, calibration_text(recipe), work, progress.update)
-    progress.note(f"tune       KL on calibration windows held out: {tuned.before:.4f}, tuned {tuned.after:.4f}")
+    with store.scratch(step.key) as scratch:
+        told = tune(merged, step.params, codes_of, calibration_text(recipe), work, scratch, progress.update)
+    progress.note(f"tune       on calibration windows held out: {told}")
 
 
 def described(step: Step) -> str:
     """For the progress line: scheme, and methods."""
-    how = sorted(set(step.params["methods"].values())) if step.stage == "quantize" else ["scales against the float model"]
+    how = sorted(set(step.params["methods"].values())) if step.stage == "quantize" else [f"{step.params['trained']} against the float model"]
     return f"{step.params['scheme']}, {', '.join(how)}"
