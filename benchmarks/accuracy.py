@@ -53,6 +53,7 @@ from runtimes.metrics import log_softmax
 from targets.profile import load_profile
 
 SIZES_MB = (77, 92, 105, 112, 136, 145)
+GRAPH_MB = 0.25  # model.onnx alone, without what else lies in a bundle
 IMATRIX_CHUNKS = 60  # of 512 tokens
 LLAMA_TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 WITHOUT_IMATRIX = ("Q8_0",)  # takes none
@@ -185,7 +186,7 @@ class Bench:
         found = auto.measured_sensitivity(checkpoint, step, rows, Store.default(), quiet)
         print(f"sensitivities: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         assets = sum(len(content) for content in checkpoint.assets.values()) / 1e6
-        aimed = size_mb + assets
+        aimed = size_mb + assets + auto.GRAPH_MB - GRAPH_MB
         for _ in range(auto.ROUNDS):
             chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": aimed}).choose()
             print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
@@ -277,6 +278,21 @@ def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as docs/quantization.md has them, by size; `auto` in bold."""
+    lines = ["| | MB | mean KL, nats | same top-1 |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["file_mb"], row["system"])):
+        how, _, rest = row["system"].removeprefix("trimtab ").rpartition(", smooth")
+        name = row["system"].replace(" imatrix", ", imatrix")
+        if how.startswith("auto"):
+            tuned, _, size = rest.strip(", ").removeprefix("tuned ").rpartition(" ")[0].rpartition(" ")
+            name = f"**`auto`, {size} MB{f', tuned {tuned}' if tuned else ''}**"
+        elif how:
+            name = f"`{rest.strip()}`, {how}"
+        lines.append(f"| {name} | {row['file_mb']:.1f} | {row['kl_mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}] | {100 * row['top1_agreement']:.1f} % |")
+    return "\n".join(lines)
+
+
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Size against KL, logarithmic."""
     import matplotlib
@@ -322,7 +338,7 @@ def halves(text: Path, work: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="plain text that is scored")
+    parser.add_argument("--text", type=Path, help="plain text that is scored")
     parser.add_argument("--calibration", type=Path, help="other plain text, for our calibration and llama.cpp's importance matrix")
     parser.add_argument("--model", type=Path, help="the fp32 reference as a Hugging Face folder")
     parser.add_argument("--gguf", type=Path, help="the same weights as a float32 GGUF, for llama.cpp")
@@ -336,7 +352,13 @@ def main() -> None:
     parser.add_argument("--tune", choices=("codes", "scales"), default="codes", help="quantize.tune of --tuned")
     parser.add_argument("--tune-text", type=Path, help="plain text to tune on; the calibration text if not given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the rows that stand in OUT.json as the docs have them")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(stored_rows(arguments.out.with_suffix(".json"))))
+        return
+    if arguments.text is None:
+        parser.error("--text is needed")
     if arguments.model is None:
         arguments.model = environments() / "models" / "smollm2-dithered"
         arguments.gguf = arguments.model.with_name(f"{arguments.model.name}-f32.gguf")

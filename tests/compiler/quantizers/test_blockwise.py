@@ -11,9 +11,11 @@ from compiler.errors import RecipeError
 from compiler.quantizers import affine, blockwise
 from compiler.quantizers.blockwise import Coded, Lesson
 from compiler.quantizers.calibrate import BlockStream
+from compiler.quantizers.pack import pack, unpack
 from compiler.quantizers.windows import calibration_set, token_windows
 from compiler.scheme import Schemes, parse_scheme
-from compiler.stages.quantize import matrices
+from compiler.stages import tune
+from compiler.stages.quantize import codes_in, matrices
 
 SCHEMES = Schemes(parse_scheme("int3-g32-asym-s16"), {"lm_head": parse_scheme("int4-g32"), "*.o_proj": parse_scheme("fp32")})
 
@@ -104,6 +106,23 @@ def test_nothing_to_gain_keeps_the_codes(tiny_llama, tmp_path, monkeypatch):
     trained = blockwise.train(checkpoint, before, token_windows(calibration_set(None), checkpoint, count=64, length=64), tmp_path, quiet)
     assert trained.after == trained.before
     assert all(np.array_equal(one.codes, before[name].codes) for name, one in trained.matrices.items())
+
+
+def test_the_stage_writes_every_matrix_in_groups(tiny_llama, tmp_path, monkeypatch):
+    """Trained codes of the blocks, the head's as they came, nothing for a float matrix."""
+    monkeypatch.setattr(blockwise, "STEPS", 8)
+    monkeypatch.setattr(blockwise, "RATE", 0.1)
+    checkpoint, text = open_checkpoint(str(tiny_llama)), calibration_set(None)
+    before = quantized_matrices(checkpoint)
+    params = tune.resolve_tuning(checkpoint, SCHEMES, text, 0, "codes") | {"windows": 8}
+    (tmp_path / "made").mkdir()
+    told = tune.tune(checkpoint, params, lambda name: pack(before[name]), text, tmp_path / "made", tmp_path / "scratch", quiet)
+    assert told.startswith("error of the last block") and {path.stem for path in (tmp_path / "made").iterdir()} == before.keys()
+    read = codes_in(tmp_path / "made")
+    found = {name: unpack(read(name), one.scheme, one.width) for name, one in before.items()}
+    same = {name for name, one in found.items() if np.array_equal(one.codes, before[name].codes)}
+    assert same == {"lm_head"}
+    assert all(np.array_equal(one.scales, before[name].scales) for name, one in found.items())
 
 
 def test_too_little_text_is_refused(tiny_llama, tmp_path):
