@@ -53,7 +53,6 @@ from runtimes.metrics import log_softmax
 from targets.profile import load_profile
 
 SIZES_MB = (77, 92, 105, 112, 136, 145)
-GRAPH_MB = 0.25  # model.onnx alone, without what else lies in a bundle
 IMATRIX_CHUNKS = 60  # of 512 tokens
 LLAMA_TYPES = ("Q4_0", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 WITHOUT_IMATRIX = ("Q8_0",)  # takes none
@@ -186,7 +185,7 @@ class Bench:
         found = auto.measured_sensitivity(checkpoint, step, rows, Store.default(), quiet)
         print(f"sensitivities: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         assets = sum(len(content) for content in checkpoint.assets.values()) / 1e6
-        aimed = size_mb + assets + auto.GRAPH_MB - GRAPH_MB
+        aimed = size_mb + assets
         for _ in range(auto.ROUNDS):
             chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": aimed}).choose()
             print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
