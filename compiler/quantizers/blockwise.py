@@ -13,7 +13,7 @@ BRECQ's (arXiv 2102.05426), training the weights through their rounding Efficien
 4. The next block sees what was kept. Table and head keep their codes.
 5. What was kept of a block lies in a file; a run that was killed goes on from its last block, to the same codes.
 
-What kernels do to activations is not in it. Memory is a few times one block, and the states of the windows twice.
+What kernels do to activations is not in it. Memory is the codes of all matrices, a few times one block, and the states of the windows three times.
 """
 
 from __future__ import annotations
@@ -149,14 +149,8 @@ def train(checkpoint: Checkpoint, matrices: Mapping[str, Quantized], windows: np
     used = np.unique(windows)
     states = stream.enter(None if table is None else lambda _: dequantize(rows_of(table, used)))[0]
     if len(states) < 2:
-        found = f"{windows.size} tokens"
-        raise RecipeError(
-            "quantize.calibration",
-            expected="text to train on and to hold out",
-            found=found,
-            remedy="give more text, or remove quantize.tune",
-            code="DATA_EMPTY",
-        )
+        found, remedy = f"{windows.size} tokens", "give more text, or remove quantize.tune"
+        raise RecipeError("quantize.calibration", expected="text to train on and to hold out", found=found, remedy=remedy, code="DATA_EMPTY")
     held = [place for place in range(len(states)) if place % HELD == HELD // 2] or [len(states) - 1]
     plain = [states[place] for place in held]
     made: dict[str, Quantized] = {}
