@@ -146,7 +146,7 @@ def optimizer_of(weights: Mapping[str, Any], depth: int, student: Any, settings:
         below = depth - 1 - int(number) if number.isdigit() else depth if "embed" in name else 0
         groups.setdefault(settings.layer_decay**below, []).append(tensor)
     rows = [{"params": tensors, "scale": scale} for scale, tensors in groups.items()]
-    return torch.optim.AdamW(rows, lr=settings.rate, betas=BETAS, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(rows, lr=settings.rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
 
 
 @dataclass
