@@ -189,7 +189,7 @@ class Bench:
         for _ in range(auto.ROUNDS):
             chosen = auto.Chooser(checkpoint, found, load_profile("here"), {"size_mb": aimed}).choose()
             print(f"auto, {size_mb:g} MB: {chosen.counts()}; expected KL {chosen.expected['kl_mean']:.4f}", file=sys.stderr, flush=True)
-            made = self.ours(checkpoint, chosen.schemes, tuned)
+            made = self.ours(self.checkpoint(chosen.schemes), chosen.schemes, tuned)
             if made["file_mb"] <= size_mb:
                 break
             aimed -= made["file_mb"] - size_mb + 0.01  # as `compile` chooses again when the check of its size disagrees

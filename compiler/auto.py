@@ -54,7 +54,7 @@ ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
 CLOSE = 1.25  # a latency that is not proven but this near to its limit is aimed at again,
 PROVABLE = 1.05  # so much lower: what lies on the limit takes more samples than there is time for
-GRAPH_MB = 0.6  # model.onnx, configs and self-test beside weights and tokenizer
+GRAPH_MB, MATRIX_MB = 0.04, 0.0033  # beside weights and tokenizer: configs, self-test, norms; of each matrix nodes in model.onnx and alignment of its tensors
 CURVE = 12  # points of the size / KL curve in the report
 
 
@@ -165,7 +165,7 @@ class Chooser:
         vectors = sum(4 * view.size for view in self.merged.tensors.values() if len(view.shape) != 2)
         fixed = sum(use.bytes for use in self.uses if use not in self.items)
         assets = sum(len(content) for content in self.merged.assets.values())
-        rest["size_mb"] = (vectors + fixed + assets) / 1e6 + GRAPH_MB
+        rest["size_mb"] = (vectors + fixed + assets) / 1e6 + GRAPH_MB + MATRIX_MB * len(self.uses)
         if "peak_rss_mb" not in rest:
             from targets.predict import RUNTIME_BYTES
 

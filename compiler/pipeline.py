@@ -80,6 +80,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), *distil, step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.weights, measured, profile, target.limits, recipe.quantize.fixed).choose()
+        sources = _to_smooth(recipe, sources, chosen.schemes)
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
@@ -96,13 +97,25 @@ def _planned(recipe: Recipe) -> Sources:
         sources = _with_student(recipe, sources)
     if not recipe.quantize.smooth:
         return sources
+    _require_smoothable(recipe, sources)
+    return _to_smooth(recipe, sources, Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes)
+
+
+def _require_smoothable(recipe: Recipe, sources: Sources) -> None:
+    """Raises RecipeError where `smooth` does not go with the rest."""
     if sources.attached or export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         found = "deltas that stay unmerged" if sources.attached else "an encoder"
         raise RecipeError("quantize.smooth", expected="a decoder with its deltas merged", found=found, remedy="remove it")
     if recipe.quantize.scheme == AS_IS:
         raise RecipeError("quantize.smooth", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="remove one of them")
-    schemes = Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes
-    return replace(sources, smooth=smooth_step(sources.identity, schemes, recipe.quantize.method, codes.calibration_text(recipe).digest))
+
+
+def _to_smooth(recipe: Recipe, sources: Sources, schemes: Schemes) -> Sources:
+    """The sources with the smoothing for some schemes in place of any other, not done yet; as they are where the recipe asks for none."""
+    if not recipe.quantize.smooth:
+        return sources
+    plain = replace(sources, smooth=None, scales={})
+    return replace(plain, smooth=smooth_step(plain.identity, schemes, recipe.quantize.method, codes.calibration_text(recipe).digest))
 
 
 def _with_student(recipe: Recipe, sources: Sources) -> Sources:
@@ -122,15 +135,22 @@ def _with_student(recipe: Recipe, sources: Sources) -> Sources:
 
 
 def _made(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> Sources:
-    """The sources once student and smoothing that were planned are there: from the store, or made now."""
+    """The sources once student and smoothing that were planned are there."""
     if sources.distil and recipe.distil:
         size = f"{sources.merged.parameter_count / 1e6:.1f} M parameters of {sources.reference.parameter_count / 1e6:.1f} M"
         with progress.stage("distil", size + (" (cached)" if store.get(sources.distil.key) else "")):
             sources = distil_stage.distilled_sources(sources, recipe.distil, codes.training_rows(recipe), store, progress.update, recipe.folder)
-    if sources.smooth:
-        with progress.stage("smooth", f"for {sources.smooth.params['scheme']}" + (" (cached)" if store.get(sources.smooth.key) else "")):
-            sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
-    return sources
+    return _smoothed(recipe, sources, store, progress)
+
+
+def _smoothed(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> Sources:
+    """The sources once the smoothing that was planned is there: from the store, or made now."""
+    if not sources.smooth:
+        return sources
+    others = len(sources.smooth.params["layers"])
+    told = f"for {sources.smooth.params['scheme']}" + (f" and {others} matrices of their own schemes" if others else "")
+    with progress.stage("smooth", told + (" (cached)" if store.get(sources.smooth.key) else "")):
+        return smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
 
 
 def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
@@ -173,6 +193,8 @@ def export_again(recipe: Recipe, options: Mapping[str, Any], store: Store, progr
     """The exported files of a recipe under the resolved options of an earlier export; `check` sees the sources before any work. Nothing is evaluated."""
     with progress.stage("merge", str(mixture_of(recipe))):
         sources = _planned(recipe)
+        if recipe.quantize.auto:
+            sources = _to_smooth(recipe, sources, export_stage.schemes_in(options))
         check(sources)
     sources = _made(recipe, sources, store, progress)
     steps = codes.code_steps(recipe, sources.weights, export_stage.schemes_in(options), options["road"])
@@ -206,7 +228,8 @@ class Run:
             expected = ", ".join(f"{name} {value:.4g}" for name, value in chosen.expected.items())
             with self.progress.stage("choose", f"{chosen.counts()}; expected {expected}"):
                 pass
-            return replace(self, chosen=chosen).target(item, profile, out)
+            sources = _smoothed(self.recipe, _to_smooth(self.recipe, self.sources, chosen.schemes), self.store, self.progress)
+            return replace(self, chosen=chosen, sources=sources).target(item, profile, out)
 
         return auto.settle(chooser, build)
 

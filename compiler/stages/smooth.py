@@ -22,7 +22,7 @@ from compiler.store import Store
 
 SMOOTH_VERSION = 1
 WINDOWS = 4  # of 512 tokens of the calibration text
-UNDER_AUTO = "int6-g64-s16"  # what s is chosen for where the schemes are chosen later
+UNDER_AUTO = "int4-g64-asym-s16"  # what s is chosen for before `auto` has chosen; then it is chosen again, for that
 FILE = "scales.npz"
 
 

@@ -187,6 +187,28 @@ def test_auto_chooses_by_matrix_for_the_targets_limits(trimtab, recipe, tmp_path
     assert code == 0 and "lm_head" in stdout and "KL" in stdout and "cached" in stdout
 
 
+def test_auto_is_smoothed_for_what_was_chosen_and_rebuilt_so(trimtab, recipe, tmp_path, monkeypatch):
+    """The sensitivities are of a model smoothed for one scheme; what is built is smoothed for the scheme of each matrix, and a rebuild does the same."""
+    from compiler import auto
+    from compiler.quantizers import windows
+    from compiler.stages import smooth
+
+    monkeypatch.setattr(windows.token_windows, "__defaults__", (4, 96))
+    for module in (auto, smooth):
+        monkeypatch.setattr(module, "WINDOWS", 2)
+    path, out = recipe({"size_mb": 0.27}, quantize={"scheme": "auto", "smooth": True}), tmp_path / "out"
+    code, _, stderr = trimtab("compile", path, "--out", out)
+    assert code == 0, stderr
+    bundle = out / "tiny-here"
+    rows = {row["name"]: row["scheme"] for row in json.loads((bundle / "report.json").read_text())["allocation"]["rows"]}
+    told = next(record["measured"] for record in json.loads((bundle / "manifest.json").read_text())["records"] if record["stage"] == "smooth")
+    assert {name: told["layers"].get(name, told["scheme"]) for name in rows} == rows and len(set(rows.values())) > 1
+    code, stdout, _ = trimtab("plan", path)
+    assert code == 0 and all("cached" in line for line in stdout.splitlines() if "smooth" in line)
+    code, _, stderr = trimtab("rebuild", bundle)
+    assert code == 0, stderr
+
+
 def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},
