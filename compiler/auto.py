@@ -5,8 +5,9 @@
    norms, attention) is taken off the limit first. Percentile limits are aimed at with HEADROOM: the estimate is of the usual request.
 3. Without a limit on kl_mean: least loss within the limits on size_mb, tpot, ttft and peak_rss_mb. With one: least size that keeps it and the others.
    Without any of these: least loss in no more bytes than DEFAULT everywhere.
-4. The bundle is then built, evaluated and measured as any other. Where a check of a limited quantity disagrees, its limit inside is moved by the ratio of what
-   was measured to what was expected, and the choice is made again, ROUNDS times at most. What is published has passed its own checks.
+4. The bundle is then built (smoothed anew for what was chosen, where the recipe smooths), evaluated and measured as any other. Where a check of a limited
+   quantity disagrees, its limit inside is moved by the ratio of what was measured to what was expected, and the choice is made again, ROUNDS times at most.
+   What is published has passed its own checks.
 
 Names under `quantize.layers` are not chosen for: they stay as written.
 """
