@@ -154,9 +154,10 @@ def _smoothed(recipe: Recipe, sources: Sources, store: Store, progress: Progress
 
 
 def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
-    """Raises RecipeError for an encoder: its schemes are not chosen by matrix."""
+    """Raises RecipeError for an encoder, and for what no export with the fixed layers would take."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
+    export_stage.resolve_options(sources.merged, Schemes(auto.DEFAULT, recipe.quantize.fixed), recipe.task, recipe.max_length)
     return auto.sensitivity_step(sources.identity, recipe.quantize.method, codes.calibration_text(recipe).digest)
 
 

@@ -209,6 +209,13 @@ def test_auto_is_smoothed_for_what_was_chosen_and_rebuilt_so(trimtab, recipe, tm
     assert code == 0, stderr
 
 
+def test_a_pattern_that_fixes_nothing_under_auto_is_told_before_anything_is_measured(trimtab, recipe):
+    path = recipe({"size_mb": 0.27}, quantize={"scheme": "auto", "layers": {"nothing.*": "int8-g32"}})
+    for command in ("plan", "compile"):
+        code, stdout, stderr = trimtab(command, path)
+        assert code == 2 and "quantize.layers.nothing.*: expected a pattern that matches a matrix" in stderr and "blocks measured" not in stdout + stderr
+
+
 def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},
