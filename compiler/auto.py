@@ -30,6 +30,7 @@ from compiler.errors import RecipeError
 from compiler.limits import PERCENTILE
 from compiler.plan import Step
 from compiler.quantizers.allocate import Allocation, allocate
+from compiler.quantizers.pack import planes
 from compiler.quantizers.sensitivity import Question, Report, Sensitivity, sensitivity
 from compiler.record import versions
 from compiler.scheme import Scheme, Schemes, parse_scheme
@@ -55,7 +56,8 @@ ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
 CLOSE = 1.25  # a latency that is not proven but this near to its limit is aimed at again,
 PROVABLE = 1.05  # so much lower: what lies on the limit takes more samples than there is time for
-GRAPH_MB, MATRIX_MB = 0.04, 0.0033  # beside weights and tokenizer: configs, self-test, norms; of each matrix nodes in model.onnx and alignment of its tensors
+# beside weights and tokenizer: configs, self-test, norms; of each matrix nodes in model.onnx and alignment of its tensors; of each further plane the same
+GRAPH_MB, MATRIX_MB, PLANE_MB = 0.04, 0.0033, 0.0016
 CURVE = 12  # points of the size / KL curve in the report
 
 
@@ -174,7 +176,8 @@ class Chooser:
         return rest
 
     def _bytes(self, use: MatrixUse) -> float:
-        return use.bytes / 1e6
+        """Weights, and the nodes that put planes together."""
+        return use.bytes / 1e6 + (PLANE_MB * (len(planes(use.scheme.bits)) - 1) if use.scheme.shift else 0.0)
 
     def _resident(self, use: MatrixUse) -> float:
         """A tied table is held twice: packed for the head, as stored for the lookup."""
