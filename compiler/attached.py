@@ -48,6 +48,9 @@ def check(sources: Sources, options: Mapping[str, Any]) -> None:
     if sources.attached and options["road"] != "decoder":
         remedy = "merge it: leave deltas.mode out, and write one recipe for each delta"
         raise RecipeError("deltas.mode", expected="merged for an encoder: only decoders serve unmerged adapters", found="attached", remedy=remedy)
+    if sources.attached and "prompts" in options:
+        expected = "merged deltas: the graph for prompts holds no adapters"
+        raise RecipeError("quantize.prompts", expected=expected, found="deltas.mode attached", remedy="remove one of them")
     tenants(sources)
 
 

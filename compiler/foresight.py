@@ -8,7 +8,7 @@ from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
 from compiler.scheme import Schemes
-from compiler.workload import exported_workload, matrices, with_adapter, workload
+from compiler.workload import exported_workload, matrices, with_adapter, with_prompts, workload
 from targets.errors import TargetError
 from targets.predict import Workload, predict
 from targets.profile import Profile
@@ -16,13 +16,18 @@ from targets.profile import Profile
 SHOWN = ("ttft_ms", "tpot_ms", "encode_ms", "peak_rss_mb", "load_s")
 
 
-def foresee(merged: Checkpoint, schemes: Schemes, decoder: bool, profile: Profile, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+def foresee(
+    merged: Checkpoint, schemes: Schemes, decoder: bool, profile: Profile, ranks: Mapping[str, int] | None = None, *, prompts: bool = False
+) -> dict[str, Any]:
     """`Prediction.as_dict` of a model that is not exported yet, or {"unknown": why} when the profile holds too little.
 
-    ranks  of the unmerged adapter that answers, by fused matrix (`compiler.attached.ranks`)
+    ranks    of the unmerged adapter that answers, by fused matrix (`compiler.attached.ranks`)
+    prompts  a second graph reads prompts
     """
     uses = matrices(merged, schemes, decoder)
     work = workload(merged.config, uses, decoder)
+    if prompts:
+        work = with_prompts(work, merged.config, uses)
     return _told(with_adapter(work, ranks, uses) if ranks else work, profile)
 
 

@@ -38,6 +38,7 @@ from compiler.stages.quantize import predicted_bytes
 from compiler.stages.smooth import UNDER_AUTO, smooth_step, smoothed_sources
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
+from compiler.workload import matrices, prompt_bytes
 from runtimes.bundle import REPORTS
 from targets.profile import Profile, fingerprint, load_profile
 
@@ -54,7 +55,7 @@ def _profile(recipe: Recipe, item: TargetItem) -> Profile:
 def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, schemes: Schemes | None = None) -> Plan:
     """schemes: chosen for this target where the recipe says auto."""
     schemes = schemes or codes.schemes_of(recipe, sources.merged)
-    options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length)
+    options = export_stage.resolve_options(sources.merged, schemes, recipe.task, recipe.max_length, recipe.quantize.prompts)
     attached.check(sources, options)
     evaluate = {**suite.parts, "seed": recipe.seed}
     steps = codes.code_steps(recipe, sources.weights, schemes, options["road"])
@@ -84,10 +85,17 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
-    size_mb = (predicted_bytes(sources.merged, schemes, every_matrix=not decoder) + attached.predicted_bytes(sources)) / 1e6
+    size_mb = (_weight_bytes(recipe, sources, schemes, decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
-    row |= {"prediction": foresee(sources.merged, schemes, decoder, profile, attached.ranks(sources)), "steps": plan.rows(store)}
+    foreseen = foresee(sources.merged, schemes, decoder, profile, attached.ranks(sources), prompts=bool(recipe.quantize.prompts))
+    row |= {"prediction": foreseen, "steps": plan.rows(store)}
     return row | ({"chosen": chosen.as_dict()} if chosen else {})
+
+
+def _weight_bytes(recipe: Recipe, sources: Sources, schemes: Schemes, decoder: bool) -> int:
+    """Of the merged weights as the bundle stores them, in all graphs."""
+    stored = predicted_bytes(sources.merged, schemes, every_matrix=not decoder)
+    return stored + (prompt_bytes(matrices(sources.merged, schemes)) if recipe.quantize.prompts else 0)
 
 
 def _planned(recipe: Recipe) -> Sources:
@@ -157,6 +165,9 @@ def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
     """Raises RecipeError for an encoder, and for what no export with the fixed layers would take."""
     if export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
         raise RecipeError("quantize.scheme", expected="a scheme for an encoder", found="auto, which is for decoders", remedy="choose int8 or fp32")
+    if recipe.quantize.prompts:
+        expected, remedy = "a scheme: what a second graph costs is not weighed by auto", "name a scheme, or remove quantize.prompts"
+        raise RecipeError("quantize.scheme", expected=expected, found="auto, with quantize.prompts", remedy=remedy)
     export_stage.resolve_options(sources.merged, Schemes(auto.DEFAULT, recipe.quantize.fixed), recipe.task, recipe.max_length)
     return auto.sensitivity_step(sources.identity, recipe.quantize.method, codes.calibration_text(recipe).digest)
 
@@ -186,7 +197,7 @@ def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: 
     plans = [_plan(recipe, sources, suite, item) for item in targets]
     if any(store.get(plan.step("evaluate").key) is None for plan in plans):
         decoder = plans[0].step("export").params["road"] == export_stage.DECODER
-        stored = predicted_bytes(sources.merged, codes.schemes_of(recipe, sources.merged), every_matrix=not decoder)
+        stored = _weight_bytes(recipe, sources, codes.schemes_of(recipe, sources.merged), decoder)
         memory.check(sources, attached.predicted_bytes(sources) + stored, trains)
 
 

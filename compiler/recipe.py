@@ -126,6 +126,7 @@ class Quantize(Part):
     calibration: builtin, recipe (rows of evaluate.data that are not scored), or a file of text or JSONL (chats or texts); only methods that look at
     activations, smooth, tune and auto read it. smooth: fold loud inputs of a decoder's matrices into their weights first (compiler.quantizers.smooth).
     tune: train against the float model on the same text: codes (compiler.quantizers.blockwise), or scales with codes as they are (compiler.quantizers.tune).
+    prompts: a second graph that reads prompts in 8-bit integers (compiler.graph.decoder).
     """
 
     scheme: str = "int4-g64"
@@ -133,6 +134,7 @@ class Quantize(Part):
     calibration: str = "builtin"
     smooth: bool = False
     tune: Literal["codes", "scales"] | None = None
+    prompts: Literal["int8-rows"] | None = None
     layers: Mapping[str, str] = Field(default_factory=dict)
 
     @property

@@ -26,6 +26,7 @@ KERNELS = {
     "rows": "DynamicQuantizeMatMul",
     "tokens": "DynamicQuantizeMatMul",
 }
+ROWS, UNTOUCHED = parse_scheme("int8-rows"), ("lm_head", "model.embed_tokens")
 QKV = re.compile(r"(.*[._])(query|key|value|[qkv]_lin|[qkv]_proj)\.weight")
 TABLES = re.compile(r"embed|shared\.weight|wte|wpe")
 
@@ -97,16 +98,40 @@ def with_adapter(work: Workload, ranks: Mapping[str, int], uses: Sequence[Matrix
     return replace(work, operators=(*work.operators, *beside), stored_bytes=stored, resident_bytes=resident)
 
 
+def prompt_uses(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
+    """The matrices of the graph for prompts: those in groups by row, the others as they are (`graph.weights`)."""
+    return [replace(use, scheme=ROWS) if use.scheme.kernel == "nbits" and use.name not in UNTOUCHED else use for use in uses]
+
+
+def prompt_bytes(uses: Sequence[MatrixUse]) -> int:
+    """What that graph stores beside the first one's weights."""
+    return sum(second.bytes for first, second in zip(uses, prompt_uses(uses), strict=True) if second is not first)
+
+
+def with_prompts(work: Workload, config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
+    """The same with a second graph for runs of many tokens."""
+    beside = prompt_bytes(uses)
+    operators = workload(config, prompt_uses(uses), True).operators
+    return replace(work, prompt_operators=operators, stored_bytes=work.stored_bytes + beside, resident_bytes=work.resident_bytes + beside)
+
+
 def exported_workload(directory: Path) -> Workload:
     """Of an exported folder or a bundle, by its own list of matrices (export.json or report.json)."""
     listed = json.loads((directory / ("export.json" if (directory / "export.json").is_file() else "report.json")).read_text())
     config = json.loads((directory / "config.json").read_text())
-    uses = [MatrixUse(row["name"], (row["shape"][0], row["shape"][1]), parse_scheme(row["scheme"])) for row in listed["layers"] if len(row["shape"]) == 2]
+    uses = matrix_uses([row for row in listed["layers"] if len(row["shape"]) == 2])
     work, adapters = workload(config, uses, listed["model"]["kind"] == "decoder"), listed["model"].get("adapters") or ()
+    if listed["model"].get("prompts"):
+        work = with_prompts(work, config, uses)
     if not adapters:
         return work
     largest = max(adapters, key=lambda row: row["parameters"])
     return with_adapter(work, dict.fromkeys(largest["matrices"], largest["rank"]), uses)
+
+
+def matrix_uses(layers: Sequence[Mapping[str, Any]]) -> list[MatrixUse]:
+    """Rows of export.json."""
+    return [MatrixUse(row["name"], (row["shape"][0], row["shape"][1]), parse_scheme(row["scheme"])) for row in layers]
 
 
 def _decoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:

@@ -66,6 +66,11 @@ class Bundle:
         return self.directory / "model.onnx"
 
     @property
+    def prompt_path(self) -> Path | None:
+        """The graph for runs of many tokens (`quantize.prompts`), where there is one."""
+        return self.directory / "prompt.onnx" if self.model.get("prompts") else None
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(entry.size_bytes for entry in self.files)
@@ -77,8 +82,8 @@ class Bundle:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the graph and its external data: what a peer's table calls the file size."""
-        return sum(entry.size_bytes for entry in self.files if entry.path.split("/")[-1].startswith("model.onnx"))
+        """Bytes of the graphs and their external data: what a peer's table calls the file size."""
+        return sum(entry.size_bytes for entry in self.files if entry.path.split("/")[-1].startswith(("model.onnx", "prompt.onnx")))
 
     def read_json(self, name: str, *, optional: bool = False) -> dict[str, Any]:
         """The JSON object in file `name`; {} when it is absent and `optional`. Raises BundleError."""

@@ -9,6 +9,8 @@ Why it looks like this:
 * Rows of a batch are padded on the right. GroupQueryAttention takes a row's length from its mask, and later tokens overwrite the padding.
 * A draft of tokens (`runtimes.lookup`) is checked in one run: the graph's `kept_positions`, 1 unless fed, says how many of the last tokens have logits; tokens
   that turn out wrong are forgotten by making the row shorter.
+* Where the bundle has a second graph for prompts, runs of at least PROMPT_TOKENS go through it: its matrices multiply 8-bit integers, which is faster with many
+  rows and slower with one. Both graphs write the same cache.
 * A long prompt runs in chunks (batch of 1): attention of one huge chunk works on a [tokens, tokens] square of which half is masked, and its activations
   are the peak of the memory. A 135 M-parameter int4 decoder on a prompt of 1024 tokens, Zen 3: 489 MB at once, 306 MB in chunks of 256, 276 MB in chunks of
   128. 256 was chosen for memory. What it does to speed is not established: the times beside those figures were one run per setting.
@@ -29,6 +31,7 @@ Floats = NDArray[np.floating[Any]]
 ALIGNMENT_BYTES = 64
 FIRST_CAPACITY = 256
 PREFILL_CHUNK = 256
+PROMPT_TOKENS = 16  # positions of a run, rows together
 KEPT_POSITIONS = "kept_positions"
 _TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _REMEDY = "build the bundle again: decoders follow onnxruntime-genai's names"
@@ -117,9 +120,11 @@ class DecodeLoop:
     start([[5, 6, 7]]) -> logits [1, vocab] after token 7; step([8]) -> logits after token 8.
     """
 
-    def __init__(self, session: Any, layout: Layout, context_length: int) -> None:
+    def __init__(self, session: Any, layout: Layout, context_length: int, prompts: Any = None) -> None:
+        """prompts: a session of the graph for runs of many tokens, with the same inputs and outputs."""
         self.layout, self.context_length = layout, context_length
         self._session, self._binding = session, session.io_binding()
+        self._prompts, self._prompt_binding = prompts, prompts.io_binding() if prompts is not None else None
         self._cache: list[NDArray[Any]] = []
         self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)  # [batch] tokens in the cache, without padding
         self._capacity = 0
@@ -182,10 +187,10 @@ class DecodeLoop:
         if total > self._capacity:
             self._grow(total)
         self._ids[:, 0] = ids
-        self._bind_mask(total)
+        self._bind_mask(self._binding, total)
         if self.layout.position_ids:
             self._positions[:, 0] = self._lengths - 1
-        self._run()
+        self._run(self._session, self._binding)
         return self._logits[:, 0]
 
     def check(self, ids: Sequence[int]) -> Floats:
@@ -241,24 +246,34 @@ class DecodeLoop:
         total = before + ids.shape[1]
         if total > self._capacity:
             self._grow(total)
-        self._bind_input(self.layout.input_ids, np.ascontiguousarray(ids))
-        self._bind_mask(total)
-        if self.layout.position_ids:
-            self._bind_input(self.layout.position_ids, np.tile(np.arange(before, total), (len(ids), 1)))
         if kept and self.layout.keeps:
+            self._bind_run(self._binding, ids, before)
             return self._run_kept(kept)
+        integers = self._prompts is not None and ids.size >= PROMPT_TOKENS
+        session, binding = (self._prompts, self._prompt_binding) if integers else (self._session, self._binding)
+        self._bind_run(binding, ids, before)
         width = 1 if self.layout.last_token_only else ids.shape[1]
         logits = aligned_zeros((len(ids), width, self.layout.vocab_size), self.layout.logits_dtype)
-        self._bind_output(self.layout.logits, logits)
-        self._run()
+        _bind_output(binding, self.layout.logits, logits)
+        self._run(session, binding)
         self._bind_step(len(ids))
         return logits
+
+    def _bind_run(self, binding: Any, ids: NDArray[np.int64], before: int) -> None:
+        """Tokens ids [batch, tokens] behind `before` positions, and the mask over both."""
+        total = before + ids.shape[1]
+        self._fed = np.ascontiguousarray(ids)
+        _bind_input(binding, self.layout.input_ids, self._fed)
+        self._bind_mask(binding, total)
+        if self.layout.position_ids:
+            self._positions = np.tile(np.arange(before, total), (len(ids), 1))
+            _bind_input(binding, self.layout.position_ids, self._positions)
 
     def _run_kept(self, kept: int) -> Floats:
         """Run what is bound, with logits [batch, kept, vocab]. The graph declares one position, as onnxruntime-genai wants it: onnxruntime makes room."""
         self._keep(kept)
         self._binding.bind_output(self.layout.logits, "cpu")
-        self._run()
+        self._run(self._session, self._binding)
         logits: Floats = self._binding.get_outputs()[len(self.layout.slots)].numpy()  # outputs stand in the order they were first bound: the cache, then logits
         self._keep(1)
         self._bind_step(len(logits))
@@ -267,33 +282,34 @@ class DecodeLoop:
     def _keep(self, positions: int) -> None:
         if self.layout.keeps and int(self._kept) != positions:
             self._kept[...] = positions
-            self._bind_input(KEPT_POSITIONS, self._kept)
+            _bind_input(self._binding, KEPT_POSITIONS, self._kept)
 
-    def _run(self) -> None:
+    def _run(self, session: Any, binding: Any) -> None:
         try:
-            self._session.run_with_iobinding(self._binding)
+            session.run_with_iobinding(binding)
         except RuntimeError as error:
             found = " ".join(str(error).split())
-            raise BundleError("model.onnx", expected="a graph that runs", found=found[:300], remedy="check the bundle with `trimtab verify`") from error
+            name = "model.onnx" if session is self._session else "prompt.onnx"
+            raise BundleError(name, expected="a graph that runs", found=found[:300], remedy="check the bundle with `trimtab verify`") from error
 
     def _bind_step(self, batch: int) -> None:
         """Back to the buffers of single steps."""
         if len(self._ids) != batch:
             self._ids = aligned_zeros((batch, 1), np.int64)
             self._logits = aligned_zeros((batch, 1, self.layout.vocab_size), self.layout.logits_dtype)
-        self._bind_input(self.layout.input_ids, self._ids)
-        self._bind_output(self.layout.logits, self._logits)
+        _bind_input(self._binding, self.layout.input_ids, self._ids)
+        _bind_output(self._binding, self.layout.logits, self._logits)
         if self.layout.position_ids:
             self._positions = aligned_zeros((batch, 1), np.int64)
-            self._bind_input(self.layout.position_ids, self._positions)
+            _bind_input(self._binding, self.layout.position_ids, self._positions)
 
-    def _bind_mask(self, total: int) -> None:
+    def _bind_mask(self, binding: Any, total: int) -> None:
         """attention_mask [batch, total]: ones up to each row's length."""
         if len(self._lengths) == 1:
             self._mask = self._ones[:, :total]  # all ones: a longer view of one buffer
         else:
             self._mask = (np.arange(total) < self._lengths[:, None]).astype(np.int64)
-        self._bind_input(self.layout.attention_mask, self._mask)
+        _bind_input(binding, self.layout.attention_mask, self._mask)
 
     def _reserve(self, batch: int, tokens: int) -> None:
         """A cache for `batch` rows with room for `tokens`; one that is there and fits is used again (old values lie beyond every mask)."""
@@ -313,15 +329,18 @@ class DecodeLoop:
         self._ones = np.ones((1, capacity), np.int64)
         self._cache = [aligned_zeros((batch, slot.heads, capacity, slot.head_size), slot.dtype) for slot in self.layout.slots]
         for slot, buffer in zip(self.layout.slots, self._cache, strict=True):
-            self._bind_input(slot.past, buffer)
-            self._bind_output(slot.present, buffer)
+            for binding in filter(None, (self._binding, self._prompt_binding)):
+                _bind_input(binding, slot.past, buffer)
+                _bind_output(binding, slot.present, buffer)
 
-    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
-        # By address: onnxruntime keeps no reference, so every array bound here is an attribute of self or lives until the run returns.
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
-    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
+    """By address: onnxruntime keeps no reference, so every array bound here is an attribute of the loop or lives until the run returns."""
+    binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
 
 def _round_up(tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class Generator:
         self.context_length = int(genai["model"]["context_length"])
         self.stop_ids = _stop_ids(genai, bundle.read_json("generation_config.json", optional=True))
         self._session = open_session(bundle.model_path, settings)
+        self._prompts = open_prompts(bundle, settings)
         self.layout = read_layout(self._session, genai, str(bundle.directory))
         self.adapters = Adapters(bundle, self._session)
         self._idle: list[DecodeLoop] = []
@@ -273,7 +274,7 @@ class Generator:
         try:
             loop = self._idle.pop()
         except IndexError:  # all are in use: another thread may have taken the last one since
-            loop = DecodeLoop(self._session, self.layout, self.context_length)
+            loop = DecodeLoop(self._session, self.layout, self.context_length, self._prompts)
         loop.use(values)
         return loop
 
@@ -281,6 +282,15 @@ class Generator:
 def generate(directory: Path, prompts: Sequence[Prompt], options: Options | None = None, *, threads: int = 0) -> list[Generation]:
     """Open a bundle and answer: for scripts that need one call. Raises BundleError, TrimtabError."""
     return Generator.open(directory, SessionSettings(threads=threads)).generate(prompts, options)
+
+
+def open_prompts(bundle: Bundle, settings: SessionSettings | None) -> Any:
+    """A session of the bundle's graph for prompts; None where it has none, and where no rounding of activations is asked for (`SessionSettings.exact`)."""
+    settings = settings or SessionSettings()
+    if bundle.prompt_path is None or settings.exact:
+        return None
+    # its threads must not spin on while the other session decodes
+    return open_session(bundle.prompt_path, replace(settings, entries=(*settings.entries, ("session.force_spinning_stop", "1"))))
 
 
 def load_tokenizer(bundle: Bundle) -> Any:

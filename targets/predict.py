@@ -55,6 +55,7 @@ class Workload:
     cache_bytes: int = 0
     activation_bytes: int = 0  # of one token, the widest moment of a layer
     context: int = 0
+    prompt_operators: tuple[Operator, ...] = ()  # of a second graph that reads prompts; none: `operators`
 
     @property
     def streamed_bytes(self) -> int:
@@ -164,7 +165,7 @@ def predict(work: Workload, profile: Profile, conditions: Conditions | None = No
     """
     conditions = conditions or Conditions()
     clock = Clock(profile, KernelTable(profile.kernels))
-    weighty = [operator.case for operator in work.operators if operator.case.op in (*MATRICES, *ATTENTION)]
+    weighty = [operator.case for operator in (*work.operators, *work.prompt_operators) if operator.case.op in (*MATRICES, *ATTENTION)]
     tabled = [clock.tabled(case) for case in weighty]
     basis = "kernel table" if all(tabled) else "kernel table and roofline" if any(tabled) else "roofline"
     width = ROOFLINE if not all(tabled) else TABLE_HERE if profile.is_here else TABLE
@@ -180,7 +181,8 @@ def predict(work: Workload, profile: Profile, conditions: Conditions | None = No
 
 def _decoder_ms(clock: Clock, work: Workload, conditions: Conditions) -> dict[str, float]:
     prompt, chunk = conditions.prompt_tokens, conditions.prefill_chunk or conditions.prompt_tokens
-    ttft = sum(clock.run_us(work, Point(min(chunk, prompt - at), at)) for at in range(0, prompt, chunk))
+    reads = replace(work, operators=work.prompt_operators or work.operators)
+    ttft = sum(clock.run_us(reads, Point(min(chunk, prompt - at), at)) for at in range(0, prompt, chunk))
     tpot = clock.run_us(work, Point(1, prompt + conditions.new_tokens // 2))
     return {"ttft_ms": ttft / 1e3, "tpot_ms": tpot / 1e3}
 

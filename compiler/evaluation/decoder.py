@@ -199,7 +199,8 @@ def until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def open_all_logits(directory: Path, model: Mapping[str, Any] | None = None, adapter: str = "") -> Any:
-    """The exported graph with logits at every position, as a decode loop; the folder is only read.
+    """The exported graph with logits at every position, as a decode loop; the folder is only read. Where there is a graph for prompts it is that one, as for a
+    text that is read.
 
     model, adapter  the manifest's section and the unmerged adapter to bind; "" for the base alone
     """
@@ -211,8 +212,9 @@ def open_all_logits(directory: Path, model: Mapping[str, Any] | None = None, ada
     from runtimes.decode import DecodeLoop, read_layout
     from runtimes.session import SessionSettings, open_session
 
-    twin = ir.to_proto(with_all_logits(directory / "model.onnx")).SerializeToString()
-    session = open_session(directory / "model.onnx", SessionSettings(spinning=False), twin)  # torch takes turns with it on the same cores
+    path = directory / ("prompt.onnx" if (directory / "prompt.onnx").is_file() else "model.onnx")
+    twin = ir.to_proto(with_all_logits(path)).SerializeToString()
+    session = open_session(path, SessionSettings(spinning=False), twin)  # torch takes turns with it on the same cores
     genai: Mapping[str, Any] = read_json_object(directory / "genai_config.json")
     loop = DecodeLoop(session, read_layout(session, dict(genai), str(directory)), int(genai["model"]["context_length"]))
     loop.use(Adapters(Bundle(directory, {"model": model or {}}, "decoder", ()), session).values(adapter))

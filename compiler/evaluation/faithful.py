@@ -5,7 +5,7 @@ loss of rounding is taken out on both sides.
 
 1. The torch model gets the weights that the scheme leaves: dequantize(quantize(W)) by `quantizers.affine`, the slow twin of what filled the file
    (`see_through`).
-2. The graph runs with float32 activations (`SessionSettings.exact`; DynamicQuantizeMatMul as DequantizeLinear and MatMul).
+2. The graph runs with float32 activations (`SessionSettings.exact`; products of integers as DequantizeLinear and MatMul).
 3. What remains is the order of float32 sums: the root mean square of a - b over the logits of a position, divided by the standard deviation of a, is 1e-6 for
    tiny models and at most 1e-4 for SmolLM2-135M at int4 (a short row, whose first token has huge activations; 1e-5 elsewhere). TOLERANCE is ten times that.
    The root mean square, because the largest of 49,152 differences is 4e-4 there, and still one missing row of as many gives 4e-3.
@@ -112,22 +112,22 @@ def round_through(weight: np.ndarray, scheme: Scheme) -> None:
             list(pool_of_threads.map(through, blocks))
 
 
-def check(model: Any, directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def check(model: Any, directory: Path, facts: Mapping[str, Any], graph: str = "model.onnx") -> dict[str, Any]:
     """{value, tolerance, tokens}: the largest difference between the exported graph and `model`, which `see_through` has prepared.
 
     facts  the `model` section of export.json
     """
-    compare = decoder_difference if facts["kind"] == "decoder" else encoder_difference
-    value, tokens = compare(model, directory, facts)
+    value, tokens = decoder_difference(model, directory, facts, graph) if facts["kind"] == "decoder" else encoder_difference(model, directory, facts)
     return {"value": value, "tolerance": TOLERANCE, "tokens": tokens}
 
 
-def decoder_difference(model: Any, directory: Path, facts: Mapping[str, Any]) -> tuple[float, int]:
+def decoder_difference(model: Any, directory: Path, facts: Mapping[str, Any], name: str = "model.onnx") -> tuple[float, int]:
     """Last-token logits of a right-padded batch, then of STEPS cached steps, against one forward pass of torch per row."""
     import torch
 
     genai = read_json_object(directory / "genai_config.json")
-    session = open_session(directory / "model.onnx", EXACT)
+    graph = ir.load(directory / name)
+    session = open_session(directory / name, EXACT, ir.to_proto(graph).SerializeToString() if float_activations(graph) else None)
     loop = DecodeLoop(session, read_layout(session, genai, str(directory)), int(genai["model"]["context_length"]))
     loop.use(Adapters(Bundle(directory, {"model": facts}, "decoder", ()), session).values(""))
     lengths = [min(length, loop.context_length - STEPS) for length in LENGTHS]

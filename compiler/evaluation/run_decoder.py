@@ -21,6 +21,7 @@ from compiler.evaluation.noise import NOISES
 from compiler.evaluation.sheet import Hits, Sheet, hits_of, likelihoods, nll_excess, prepare
 from compiler.evaluation.subject import BASE, BUNDLE, MERGED, Answer, ChatFormat, Report, Subject
 from compiler.evaluation.suite import CONTROL, Suite
+from compiler.graph.decoder import PROMPTS
 from compiler.reference import reference_model
 
 SHOWN_SAMPLES = 6
@@ -97,16 +98,24 @@ class DecoderRun:
                 self.stages.after("distil", decoder.merged_logits(model))
             self.subject.exported.weights_of(model, (self.subject.student or self.subject.merged).config)
             self.stages.after("quantize", decoder.merged_logits(model))
-            same = {
-                **faithful.check(model, self.subject.exported.directory, self.subject.exported.model),
-                "model": "student" if self.subject.student else "merged",
-            }
+            same = {**self._faithful(model), "model": "student" if self.subject.student else "merged"}
         del model
         if self.subject.base is not None:
             self._before(self.subject.base)
         for name in self.sheets:
             self._answer(name, BUNDLE, None)
         return {**self._document(), "faithful": same}
+
+    def _faithful(self, model: Any) -> dict[str, Any]:
+        """`faithful.check` of every graph; the worst of them counts. model: torch, with the weights that model.onnx stores."""
+        exported = self.subject.exported
+        found = faithful.check(model, exported.directory, exported.model)
+        if exported.model.get("prompts"):
+            source = self.subject.student or self.subject.merged
+            second = exported.weights_of(reference_model(source, "text-generation"), source.config, prompts=True)
+            other = faithful.check(second, exported.directory, exported.model, PROMPTS)
+            found = {**found, "value": faithful.worse(found["value"], other["value"]), "tokens": found["tokens"] + other["tokens"]}
+        return found
 
     def _before(self, checkpoint: Any) -> None:
         """The base on the task and on the control set."""

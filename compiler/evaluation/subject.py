@@ -18,6 +18,7 @@ from compiler.quantizers import affine
 from compiler.quantizers.pack import Packed, unpack
 from compiler.quantizers.smooth import changes_of
 from compiler.scheme import parse_scheme
+from compiler.workload import ROWS, matrix_uses, prompt_uses
 from runtimes.bundle import Bundle
 
 Report = Callable[[str, int, int], None]
@@ -61,13 +62,18 @@ class Exported:
         model: Mapping[str, Any] = self.summary["model"]
         return model
 
-    def weights_of(self, reference: Any, config: Mapping[str, Any]) -> Any:
-        """The torch model with the weights that these files store, in place."""
+    def weights_of(self, reference: Any, config: Mapping[str, Any], prompts: bool = False) -> Any:
+        """The torch model with the weights that these files store, in place. prompts: those of the graph for prompts."""
         if self.scales:
             parameters = dict(reference.named_parameters())
             for name, change in changes_of(parameters, config, self.scales).items():
                 parameters[name].data.numpy()[...] = change.of(parameters[name].data.numpy())
-        return faithful.see_through(reference, self.summary["layers"], self.model, config, self.made if self.codes else None, self.wide)
+        layers, made = self.summary["layers"], self.made if self.codes else None
+        if prompts:
+            layers = [{**row, "scheme": str(second.scheme)} for row, second in zip(layers, prompt_uses(matrix_uses(layers)), strict=True)]
+            by_row = {row["name"] for row in layers if row["scheme"] == str(ROWS)}
+            made = (lambda name: None if name in by_row else self.made(name)) if self.codes else None
+        return faithful.see_through(reference, layers, self.model, config, made, self.wide)
 
     @property
     def wide(self) -> dict[str, Any]:

@@ -9,6 +9,9 @@ Inputs and outputs are onnxruntime-genai's: input_ids [batch, sequence], attenti
 [batch, kv_heads, past, head_size]; logits [batch, 1 or sequence, vocab], present.N.key/value. Positions follow from the mask: prompts are padded on the
 right, row b has sum(mask[b]) valid tokens, and `logits="last"` gives the logits of each row's last valid one; of as many of the last ones as the optional
 input kept_positions says (int64, 1 unless fed), which is how drafts are checked.
+
+With `prompts`, prompt.onnx is the same graph over matrices in 8-bit integers (`int8-rows`), for runs of many tokens: inputs, outputs and cache are the same,
+and what is not rounded by row (head, embedding, norms) lies in model.onnx.data for both.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from compiler.scheme import Schemes
 
 __all__ = ["DEFAULT_MAX_LENGTH", "DecoderExport", "DecoderSpec", "MatrixRow", "decoder_spec", "export_decoder"]
 
+PROMPTS = "prompt.onnx"
 DEFAULT_MAX_LENGTH = 8192  # tokens; the rope tables and genai's KV buffers are as long as the context, so a 128k model does not get 128k unasked
 
 
@@ -60,10 +64,11 @@ class DecoderExport:
     max_length: int
     logits: str
     adapters: tuple[AdapterRow, ...] = ()
+    prompt_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.model_bytes + self.data_bytes + sum(row.bytes for row in self.adapters)
+        return self.model_bytes + self.data_bytes + self.prompt_bytes + sum(row.bytes for row in self.adapters)
 
 
 def export_decoder(
@@ -76,14 +81,16 @@ def export_decoder(
     progress: Progress | None = None,
     tenants: Sequence[Tenant] = (),
     codes_of: Codes | None = None,
+    prompts: bool = False,
 ) -> DecoderExport:
-    """Write model.onnx, model.onnx.data and genai_config.json into `directory`, which exists.
+    """Write model.onnx, model.onnx.data and genai_config.json into `directory`, which exists; with `prompts` also prompt.onnx and prompt.onnx.data.
 
     logits      "last": [batch, 1, vocab] of each row's last valid token; "all": [batch, sequence, vocab]
     max_length  tokens; by default the model's own, at most DEFAULT_MAX_LENGTH
     progress    called with (matrix, elements written, elements in all)
     tenants     adapters that stay unmerged, each written as NAME.onnx_adapter (compiler.graph.adapters)
     codes_of    matrix -> the codes a quantizer chose for it, or None to round to nearest here
+    prompts     a second graph for prompts, its matrices made from the checkpoint, not from the first graph's codes; not with tenants
 
     Raises ArchitectureError for what the builder does not cover, CheckpointError for missing, misshapen or non-finite tensors, RecipeError for a scheme
     no decoder kernel has, OutputError when the disk is full.
@@ -93,20 +100,27 @@ def export_decoder(
     spec = decoder_spec(checkpoint.config)
     length = min(spec.max_positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
     check_kernel_limits(spec, length)
-    graph = GraphBuilder()
-    with DataFile(directory / "model.onnx.data") as data:
-        weights = WeightWriter(checkpoint, schemes, data, graph, progress, codes_of)
-        build = DecoderBuild(spec, graph, weights, length, Attachments(tenants, graph))
-        build.decoder(logits)
-        data_bytes = data.size
-    model = graph.model()
-    remove_unused(model.graph)
-    model_bytes = save_model(model, directory / "model.onnx")
+    if prompts and tenants:
+        raise ValueError("a graph for prompts holds no adapters")
+
+    def written(name: str, tenants: Sequence[Tenant], first: WeightWriter | None = None) -> tuple[DecoderBuild, int, int]:
+        """One graph: (the build, bytes of NAME, bytes of NAME.data)."""
+        graph = GraphBuilder()
+        with DataFile(directory / f"{name}.data") as data:
+            weights = WeightWriter(checkpoint, schemes, data, graph, progress, codes_of, first=first)
+            build = DecoderBuild(spec, graph, weights, length, Attachments(tenants, graph))
+            build.decoder(logits)
+        model = graph.model()
+        remove_unused(model.graph)
+        return build, save_model(model, directory / name), data.size
+
+    build, model_bytes, data_bytes = written("model.onnx", tenants)
+    prompt_bytes = sum(written(PROMPTS, (), build.weights)[1:]) if prompts else 0
     adapters = build.attachments.write(directory, model_version(checkpoint.digest)) if tenants else ()
     config = genai_config(spec, checkpoint.config, checkpoint.assets, length)
     (directory / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     rows = tuple(MatrixRow(matrix.name, (matrix.n, matrix.k), str(matrix.scheme), matrix.nbytes) for matrix in build.matrices)
-    return DecoderExport(spec, rows, model_bytes, data_bytes, length, logits, adapters)
+    return DecoderExport(spec, rows, model_bytes, data_bytes, length, logits, adapters, prompt_bytes)
 
 
 def check_kernel_limits(spec: DecoderSpec, length: int) -> None:

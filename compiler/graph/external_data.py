@@ -79,8 +79,8 @@ class DataFile:
         return self._tensor(name, offset, nbytes, DTYPES[dtype], shape)
 
     def view(self, name: str, tensor: ir.ExternalTensor, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """The bytes of `tensor` under another name and shape."""
-        return self._tensor(name, int(tensor.offset), int(tensor.length), tensor.dtype, shape)
+        """The bytes of `tensor`, of whichever file, under another name and shape."""
+        return ir.ExternalTensor(tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir)
 
     def _tensor(self, name: str, offset: int, nbytes: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
         return ir.ExternalTensor(self.path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent)

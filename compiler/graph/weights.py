@@ -28,8 +28,10 @@ from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.quantizers import nbits
 from compiler.quantizers.pack import Packed, plane, plane_table, planes
 from compiler.quantizers.rows import gather_rows
-from compiler.scheme import Scheme, Schemes
+from compiler.scheme import Scheme, Schemes, parse_scheme
 
+ROWS = parse_scheme("int8-rows")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 UNIT = 127  # activation codes a token's largest value stands for
 
 Progress = Callable[[str, int, int], None]
@@ -56,7 +58,9 @@ class Matrix:
 class WeightWriter:
     """Moves tensors of a checkpoint into the data file and into nodes of the graph.
 
-    done counts the elements written so far, for `progress(matrix, done, total)`.
+    done   counts the elements written so far, for `progress(matrix, done, total)`
+    first  the writer of another graph of the same weights: what is in groups there is written here as `int8-rows`, from the checkpoint; all else (vectors,
+           head, embedding, float matrices) is named where it lies, not written again
     """
 
     checkpoint: Checkpoint
@@ -66,7 +70,10 @@ class WeightWriter:
     progress: Progress | None = None
     codes_of: Codes | None = None
     done: int = 0
+    first: WeightWriter | None = None
     _unpacked: dict[str, ir.Value] = field(default_factory=dict)
+    _written: dict[str, Matrix] = field(default_factory=dict)
+    _vectors: dict[tuple[str, float, float], ir.ExternalTensor] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> int:
@@ -90,13 +97,22 @@ class WeightWriter:
 
     def vector(self, name: str, width: int, scale: float = 1.0, offset: float = 0.0) -> ir.Value:
         """A float32 vector [width] as scale * (stored + offset)."""
+        key = (name, scale, offset)
+        if self.first is not None:
+            return self.graph.initializer(self.first._vectors[key])
         values = self.view(name, (width,)).read()
         finite(self.checkpoint.origin, name, values)
-        return self.graph.initializer(self.data.add(name, (values + np.float32(offset)) * np.float32(scale)))
+        self._vectors[key] = self.data.add(name, (values + np.float32(offset)) * np.float32(scale))
+        return self.graph.initializer(self._vectors[key])
 
     def matrix(self, name: str, sources: Mapping[str, int], k: int, scale: float = 1.0, bias: bool = False) -> Matrix:
         """Write one matrix of the graph: the `sources` (tensor name without `.weight` -> rows), stacked, times `scale`."""
         scheme = self.schemes.of(name)
+        if self.first is not None:
+            given = self.first._written[name]
+            if given.scheme.kernel != "nbits" or name in (EMBEDDING, HEAD):
+                return given
+            scheme = ROWS
         views = [self.view(f"{source}.weight", (rows, k)) for source, rows in sources.items()]
         stored_bias = None
         if bias:
@@ -110,7 +126,8 @@ class WeightWriter:
             tensors = self._quantized(name, (n, k), scheme, self._packed(name, scheme, blocks, scale))
         else:
             tensors = self._float(name, (n, k), scheme, blocks)
-        return Matrix(name, n, k, scheme, tensors, stored_bias)
+        self._written[name] = Matrix(name, n, k, scheme, tensors, stored_bias)
+        return self._written[name]
 
     def _blocks(self, name: str, views: list[TensorView], scale: float) -> Iterator[np.ndarray]:
         for view in views:
@@ -161,9 +178,9 @@ class WeightWriter:
         return stored
 
     def _by_row(self, name: str, shape: tuple[int, int], blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
-        """Codes int8 [k, n]; scales float32 [n], already over 127 for activations in units of their token's largest."""
+        """Codes int8 [k, n]; scales float32 [n]."""
         codes, scales = gather_rows(blocks, shape)
-        return {"codes": self.data.add(f"{name}.codes", codes), "scales": self.data.add(f"{name}.scales", scales / np.float32(UNIT))}
+        return {"codes": self.data.add(f"{name}.codes", codes), "scales": self.data.add(f"{name}.scales", scales)}
 
     def _float(self, name: str, shape: tuple[int, int], scheme: Scheme, blocks: Iterator[np.ndarray]) -> dict[str, ir.ExternalTensor]:
         dtype = np.dtype(np.float16 if scheme.bits == 16 else np.float32)
@@ -205,8 +222,8 @@ class WeightWriter:
         most = graph.op(f"{node}/most", "Max", [high, graph.op(f"{node}/depth", "Neg", [low]), least])
         zero, step = graph.constant("rows_zero_point", np.array(128, np.uint8)), graph.constant("rows_step", np.array(1 / UNIT, np.float32))
         codes = graph.op(f"{node}/codes", "QuantizeLinear", [graph.op(f"{node}/unit", "Div", [x, most]), step, zero])
-        one, weights = graph.constant("rows_one", np.array(1, np.float32)), [graph.initializer(matrix.tensors[key]) for key in ("codes", "scales")]
-        y = graph.op(node, "MatMulIntegerToFloat", [codes, weights[0], one, weights[1], zero], MICROSOFT)
+        weights = [graph.initializer(matrix.tensors[key]) for key in ("codes", "scales")]
+        y = graph.op(node, "MatMulIntegerToFloat", [codes, weights[0], step, weights[1], zero], MICROSOFT)
         return graph.op(f"{node}/scale", "Mul", [y, most])
 
     def _widened(self, matrix: Matrix, weight: ir.Value) -> ir.Value:

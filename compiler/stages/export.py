@@ -50,14 +50,22 @@ def road(config: Mapping[str, Any], task: str | None = None) -> str:
     return ENCODER
 
 
-def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, max_length: int | None) -> dict[str, Any]:
-    """The concrete, printable parameters of an export: what its cache key is made of."""
+def resolve_options(checkpoint: Checkpoint, schemes: Schemes, task: str | None, max_length: int | None, prompts: str | None = None) -> dict[str, Any]:
+    """The concrete, printable parameters of an export: what its cache key is made of.
+
+    prompts  "int8-rows" for a second graph that reads prompts
+    Raises RecipeError, ArchitectureError for what this model or road does not take.
+    """
     layers = {pattern: str(scheme) for pattern, scheme in schemes.overrides.items()}
     way = road(checkpoint.config, task)
     _check_patterns(checkpoint, schemes, way)
+    if prompts and (way != DECODER or schemes.default.kernel != "nbits"):
+        found = "an encoder" if way != DECODER else str(schemes.default)
+        raise RecipeError("quantize.prompts", expected="a decoder in groups, such as int4-g64", found=found, remedy="remove it")
     if way == DECODER:
         _refuse_dynamic([schemes.default, *schemes.overrides.values()])
-        return {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
+        options = {"road": way, "scheme": str(schemes.default), "layers": layers, "task": "text-generation", "max_length": max_length, "logits": "last"}
+        return options | ({"prompts": prompts} if prompts else {})
     from compiler.graph.encoder import infer_task
 
     if schemes.default.kernel in ("nbits", "tokens") and (schemes.default.shift or schemes.default.half_scales):
@@ -124,11 +132,12 @@ def export(
     schemes = schemes_in(options)
     with writing(directory):
         if options["road"] == DECODER:
-            more = {"codes_of": codes_for(checkpoint, schemes, codes), "tenants": tenants}
+            more = {"codes_of": codes_for(checkpoint, schemes, codes), "tenants": tenants, "prompts": "prompts" in options}
             summary = _decoder(checkpoint, schemes, options, directory, report, more)
         else:
             summary = _encoder(checkpoint, schemes, options, directory, report)
-        require_clean(directory / "model.onnx")
+        for graph in directory.glob("*.onnx"):
+            require_clean(graph)
         for name in (*CARRIED, *LICENCES):
             if name in checkpoint.assets:
                 (directory / name).write_bytes(checkpoint.assets[name])
@@ -149,6 +158,7 @@ def _decoder(checkpoint: Checkpoint, schemes: Schemes, options: Mapping[str, Any
         "max_length": done.max_length,
         "logits": options["logits"],
         "scheme": options["scheme"],
+        **({"prompts": options["prompts"]} if "prompts" in options else {}),
         **({"adapters": [row.as_dict() for row in done.adapters]} if done.adapters else {}),
     }
     return {"model": model, "layers": [asdict(row) for row in done.matrices]}
