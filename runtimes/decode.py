@@ -19,12 +19,14 @@ Why it looks like this:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.bundle import Bundle
+from runtimes.session import SessionSettings, open_session
 from targets.errors import BundleError, TrimtabError
 
 Floats = NDArray[np.floating[Any]]
@@ -112,6 +114,17 @@ def aligned_zeros(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def open_prompts(bundle: Bundle, settings: SessionSettings | None) -> Any:
+    """A session of the bundle's graph for prompts; None where it has none, on other providers than the CPU (they lack its kernels), and where no rounding of
+    activations is asked for (`SessionSettings.exact`). Raises BundleError as `open_session` does.
+    """
+    settings = settings or SessionSettings()
+    if bundle.prompt_path is None or settings.exact or settings.provider != "cpu":
+        return None
+    # its threads must not spin on while the other session decodes
+    return open_session(bundle.prompt_path, replace(settings, entries=(*settings.entries, ("session.force_spinning_stop", "1"))))
 
 
 class DecodeLoop:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.chat import render_chat
-from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, read_layout
+from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, open_prompts, read_layout
 from runtimes.lookup import Lookup, Pace
 from runtimes.sampling import Sampler, Sampling
 from runtimes.session import SessionSettings, open_session
@@ -282,15 +282,6 @@ class Generator:
 def generate(directory: Path, prompts: Sequence[Prompt], options: Options | None = None, *, threads: int = 0) -> list[Generation]:
     """Open a bundle and answer: for scripts that need one call. Raises BundleError, TrimtabError."""
     return Generator.open(directory, SessionSettings(threads=threads)).generate(prompts, options)
-
-
-def open_prompts(bundle: Bundle, settings: SessionSettings | None) -> Any:
-    """A session of the bundle's graph for prompts; None where it has none, and where no rounding of activations is asked for (`SessionSettings.exact`)."""
-    settings = settings or SessionSettings()
-    if bundle.prompt_path is None or settings.exact:
-        return None
-    # its threads must not spin on while the other session decodes
-    return open_session(bundle.prompt_path, replace(settings, entries=(*settings.entries, ("session.force_spinning_stop", "1"))))
 
 
 def load_tokenizer(bundle: Bundle) -> Any:

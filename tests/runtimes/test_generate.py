@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from compiler.checkpoints.resolve import open_checkpoint
+from compiler.graph.decoder import export_decoder
+from compiler.scheme import Schemes, parse_scheme
 from runtimes.bundle import open_bundle
-from runtimes.decode import FIRST_CAPACITY, PREFILL_CHUNK, DecodeLoop
+from runtimes.decode import FIRST_CAPACITY, PREFILL_CHUNK, PROMPT_TOKENS, DecodeLoop, open_prompts
 from runtimes.generate import Generator, Options, generate
 from runtimes.sampling import Sampling
 from runtimes.session import SessionSettings
@@ -55,6 +61,44 @@ def test_a_finished_row_waits_without_filling_the_context(decoder: SimpleNamespa
     rows = generator.generate([long, [7, 8]], Options(max_new_tokens=30, ignore_eos=True))
     assert (len(rows[0].token_ids), len(rows[1].token_ids)) == (4, 30)
     assert list(rows[1].token_ids) == eager(decoder, [7, 8], 30)
+
+
+@pytest.fixture(scope="module")
+def with_prompts(decoder: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, write_manifest: Callable[..., Path]) -> Path:
+    """The same model in groups of 8 bits, with a second graph for prompts."""
+    folder = tmp_path_factory.mktemp("prompts") / "bundle"
+    folder.mkdir()
+    export_decoder(open_checkpoint(str(decoder.directory.parent / "hf")), Schemes(parse_scheme("int8-g32")), folder, prompts=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(decoder.directory / name, folder)
+    return write_manifest(folder, kind="decoder", task="text-generation", max_length=384, prompts="int8-rows")
+
+
+def test_runs_of_many_tokens_go_through_the_second_graph(with_prompts: Path) -> None:
+    """Its arithmetic differs, its answers do not; few tokens and single steps are the first graph's, on the same cache, across growths of it."""
+    both = Generator.open(with_prompts, QUIET)
+    plain = Generator(replace(both.bundle, manifest={**both.bundle.manifest, "model": {**both.bundle.model, "prompts": None}}), QUIET)
+    text = [5 + at * 7 % 200 for at in range(PREFILL_CHUNK + PROMPT_TOKENS)]
+    few = text[: PROMPT_TOKENS - 1]
+    assert np.array_equal(both.next_logits(few), plain.next_logits(few))
+    for prompt in (text[:PROMPT_TOKENS], text, text[:-1]):  # the last chunk of the third is read by the first graph
+        mine, wanted = both.next_logits(prompt), plain.next_logits(prompt)
+        assert np.abs(mine - wanted).max() > 0 and np.corrcoef(mine, wanted)[0, 1] > 0.95  # a random net with large weights rounds coarsely
+    short, grown = text[:240], Options(max_new_tokens=40, ignore_eos=True)  # a token has its own scale, so chunks change nothing
+    assert both.generate([short], grown)[0].token_ids == both.generate([short], replace(grown, prefill_chunk=60))[0].token_ids
+    assert both.generate([short, text[:9]], grown)[0].token_ids == both.generate([short], grown)[0].token_ids
+    assert both.bundle.model_bytes == sum(path.stat().st_size for path in with_prompts.glob("*.onnx*"))
+
+
+def test_the_second_graph_is_left_alone_where_nothing_may_be_rounded(with_prompts: Path) -> None:
+    exact = SessionSettings(threads=1, spinning=False, exact=True)
+    assert open_prompts(open_bundle(with_prompts), exact) is None and open_prompts(open_bundle(with_prompts), QUIET) is not None
+    (with_prompts / "prompt.onnx").rename(with_prompts / "elsewhere")
+    try:
+        with pytest.raises(BundleError, match=r"found prompt\.onnx is missing"):
+            Generator(open_bundle(with_prompts), QUIET)
+    finally:
+        (with_prompts / "elsewhere").rename(with_prompts / "prompt.onnx")
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
