@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compiler import attached, auto, judge, memory
+from compiler import attached, auto, judge, memory, prepare
 from compiler.economics import delta_bytes, economics
 from compiler.errors import RecipeError
 from compiler.evaluation.suite import Suite, recipe_suite
@@ -28,14 +28,13 @@ from compiler.progress import Progress
 from compiler.recipe import Recipe, TargetItem
 from compiler.record import RUN_FACTS, Record, Stopwatch, tree_bytes, versions
 from compiler.report.verdict import PASS, Verdict
-from compiler.scheme import Schemes, parse_scheme
+from compiler.scheme import Schemes
 from compiler.sources import Sources, mixture_of
 from compiler.stages import codes, package
 from compiler.stages import distil as distil_stage
 from compiler.stages import export as export_stage
-from compiler.stages.keep import AS_IS, codes_for
+from compiler.stages.keep import codes_for
 from compiler.stages.quantize import predicted_bytes
-from compiler.stages.smooth import UNDER_AUTO, smooth_step, smoothed_sources
 from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from compiler.workload import matrices, prompt_bytes
@@ -66,7 +65,7 @@ def _plan(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem, sc
 
 def plan_recipe(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """What compiling would run, per target: steps with key and state, the predicted size in MB, and what the profile lets foresee."""
-    sources, suite = _planned(recipe), recipe_suite(recipe)
+    sources, suite = prepare.planned(recipe), recipe_suite(recipe)
     return [_foreseen(recipe, sources, suite, target, store) for target in recipe.targets]
 
 
@@ -81,7 +80,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
             steps = Plan(recipe.name, target.profile, (Step("merge", sources.identity), *distil, step)).rows(store)
             return {"name": recipe.name, "target": target.profile, "predicted_size_mb": None, "prediction": unknown, "steps": steps}
         chosen = auto.Chooser(sources.weights, measured, profile, target.limits, recipe.quantize.fixed).choose()
-        sources = _to_smooth(recipe, sources, chosen.schemes)
+        sources = prepare.to_smooth(recipe, sources, chosen.schemes)
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
@@ -96,69 +95,6 @@ def _weight_bytes(recipe: Recipe, sources: Sources, schemes: Schemes, decoder: b
     """Of the merged weights as the bundle stores them, in all graphs."""
     stored = predicted_bytes(sources.merged, schemes, every_matrix=not decoder)
     return stored + (prompt_bytes(matrices(sources.merged, schemes)) if recipe.quantize.prompts else 0)
-
-
-def _planned(recipe: Recipe) -> Sources:
-    """Base and deltas, and the smoothing that the recipe asks for, not done yet. Raises RecipeError where it cannot be."""
-    sources = mixture_of(recipe).open()
-    if recipe.distil:
-        sources = _with_student(recipe, sources)
-    if not recipe.quantize.smooth:
-        return sources
-    _require_smoothable(recipe, sources)
-    return _to_smooth(recipe, sources, Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes)
-
-
-def _require_smoothable(recipe: Recipe, sources: Sources) -> None:
-    """Raises RecipeError where `smooth` does not go with the rest."""
-    if sources.attached or export_stage.road(sources.merged.config, recipe.task) != export_stage.DECODER:
-        found = "deltas that stay unmerged" if sources.attached else "an encoder"
-        raise RecipeError("quantize.smooth", expected="a decoder with its deltas merged", found=found, remedy="remove it")
-    if recipe.quantize.scheme == AS_IS:
-        raise RecipeError("quantize.smooth", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="remove one of them")
-
-
-def _to_smooth(recipe: Recipe, sources: Sources, schemes: Schemes) -> Sources:
-    """The sources with the smoothing for some schemes in place of any other, not done yet; as they are where the recipe asks for none."""
-    if not recipe.quantize.smooth:
-        return sources
-    plain = replace(sources, smooth=None, scales={})
-    return replace(plain, smooth=smooth_step(plain.identity, schemes, recipe.quantize.method, codes.calibration_text(recipe).digest))
-
-
-def _with_student(recipe: Recipe, sources: Sources) -> Sources:
-    """The sources with the student that the recipe asks for, not made yet. Raises RecipeError where it cannot be."""
-    ask = recipe.distil
-    assert ask is not None
-    if sources.attached:
-        raise RecipeError("distil", expected="merged deltas", found="deltas.mode attached", remedy="remove one of them")
-    if recipe.quantize.scheme == AS_IS:
-        raise RecipeError("distil", expected="a scheme that rounds", found="as-is, which keeps the codes that came", remedy="choose a scheme")
-    if ask.quantized and (recipe.quantize.auto or recipe.quantize.method != "rtn" or recipe.quantize.smooth or recipe.quantize.tune):
-        expected = "one scheme, method rtn, neither smooth nor tune: what is trained is what is rounded to nearest"
-        raise RecipeError("distil.quantized", expected=expected, found="another quantizer", remedy="change `quantize`, or remove distil.quantized")
-    schemes = recipe.quantize.schemes if ask.quantized else None
-    step = distil_stage.distil_step(ask, sources, codes.training_rows(recipe), recipe.task, schemes, recipe.seed, recipe.folder)
-    return distil_stage.planned_student(sources, step, ask, recipe.folder)
-
-
-def _made(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> Sources:
-    """The sources once student and smoothing that were planned are there."""
-    if sources.distil and recipe.distil:
-        size = f"{sources.merged.parameter_count / 1e6:.1f} M parameters of {sources.reference.parameter_count / 1e6:.1f} M"
-        with progress.stage("distil", size + (" (cached)" if store.get(sources.distil.key) else "")):
-            sources = distil_stage.distilled_sources(sources, recipe.distil, codes.training_rows(recipe), store, progress.update, recipe.folder)
-    return _smoothed(recipe, sources, store, progress)
-
-
-def _smoothed(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> Sources:
-    """The sources once the smoothing that was planned is there: from the store, or made now."""
-    if not sources.smooth:
-        return sources
-    others = len(sources.smooth.params["layers"])
-    told = f"for {sources.smooth.params['scheme']}" + (f" and {others} matrices of their own schemes" if others else "")
-    with progress.stage("smooth", told + (" (cached)" if store.get(sources.smooth.key) else "")):
-        return smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
 
 
 def _sensitivity_step(recipe: Recipe, sources: Sources) -> Step:
@@ -180,10 +116,10 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
         raise RecipeError("--target", expected=f"a target of the recipe ({known})", found=unknown[0], remedy="name one of them")
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources, suite = _planned(recipe), recipe_suite(recipe)
+        sources, suite = prepare.planned(recipe), recipe_suite(recipe)
     _require_buildable(recipe, sources, suite, [item for item, _ in targets], store)
     package.require_writable(out)
-    run = Run(recipe, _made(recipe, sources, store, progress), suite, store, progress, max_seconds)
+    run = Run(recipe, prepare.made(recipe, sources, store, progress), suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
@@ -204,11 +140,11 @@ def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: 
 def export_again(recipe: Recipe, options: Mapping[str, Any], store: Store, progress: Progress, check: Callable[[Sources], None]) -> Path:
     """The exported files of a recipe under the resolved options of an earlier export; `check` sees the sources before any work. Nothing is evaluated."""
     with progress.stage("merge", str(mixture_of(recipe))):
-        sources = _planned(recipe)
+        sources = prepare.planned(recipe)
         if recipe.quantize.auto:
-            sources = _to_smooth(recipe, sources, export_stage.schemes_in(options))
+            sources = prepare.to_smooth(recipe, sources, export_stage.schemes_in(options))
         check(sources)
-    sources = _made(recipe, sources, store, progress)
+    sources = prepare.made(recipe, sources, store, progress)
     steps = codes.code_steps(recipe, sources.weights, export_stage.schemes_in(options), options["road"])
     plan = make_plan(recipe.name, "", sources.identity, options, {}, steps)
     run = Run(recipe, sources, cast(Suite, None), store, progress)  # a suite is what evaluating asks for
@@ -240,7 +176,7 @@ class Run:
             expected = ", ".join(f"{name} {value:.4g}" for name, value in chosen.expected.items())
             with self.progress.stage("choose", f"{chosen.counts()}; expected {expected}"):
                 pass
-            sources = _smoothed(self.recipe, _to_smooth(self.recipe, self.sources, chosen.schemes), self.store, self.progress)
+            sources = prepare.smoothed(self.recipe, prepare.to_smooth(self.recipe, self.sources, chosen.schemes), self.store, self.progress)
             return replace(self, chosen=chosen, sources=sources).target(item, profile, out)
 
         return auto.settle(chooser, build)
