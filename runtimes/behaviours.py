@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
-from runtimes.decode import DecodeLoop, Floats, open_prompts, read_layout
+from runtimes.decode import DecodeLoop, Floats, open_graphs, read_layout
 from runtimes.encode import Encoder
-from runtimes.session import ACCURACY, SessionSettings, open_session
+from runtimes.session import ACCURACY, SessionSettings
 from targets.errors import TrimtabError
 from targets.machine import usable_cores
 
@@ -100,9 +100,8 @@ class Subject:
         if self.bundle.kind == "encoder":
             return Encoder(self.bundle, settings)
         genai = self.bundle.read_json("genai_config.json")
-        session = open_session(self.bundle.model_path, settings)
-        layout = read_layout(session, genai, str(self.bundle.directory))
-        loop = DecodeLoop(session, layout, int(genai["model"]["context_length"]), open_prompts(self.bundle, settings))
+        session, prompts = open_graphs(self.bundle, settings)
+        loop = DecodeLoop(session, read_layout(session, genai, str(self.bundle.directory)), int(genai["model"]["context_length"]), prompts)
         adapters = Adapters(self.bundle, session)
         loop.use(adapters.values(adapters.names[0] if adapters.names else ""))  # of several unmerged adapters the first answers
         return loop

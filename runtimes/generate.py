@@ -18,10 +18,10 @@ import numpy as np
 from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.chat import render_chat
-from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, open_prompts, read_layout
+from runtimes.decode import PREFILL_CHUNK, DecodeLoop, Floats, open_graphs, read_layout
 from runtimes.lookup import Lookup, Pace
 from runtimes.sampling import Sampler, Sampling
-from runtimes.session import SessionSettings, open_session
+from runtimes.session import SessionSettings
 from runtimes.text import Detokenizer, StopStrings
 from targets.errors import BundleError, TrimtabError
 
@@ -122,8 +122,7 @@ class Generator:
         self.tokenizer = load_tokenizer(bundle)
         self.context_length = int(genai["model"]["context_length"])
         self.stop_ids = _stop_ids(genai, bundle.read_json("generation_config.json", optional=True))
-        self._session = open_session(bundle.model_path, settings)
-        self._prompts = open_prompts(bundle, settings)
+        self._session, self._prompts = open_graphs(bundle, settings)
         self.layout = read_layout(self._session, genai, str(bundle.directory))
         self.adapters = Adapters(bundle, self._session)
         self._idle: list[DecodeLoop] = []
