@@ -21,6 +21,7 @@ class Decoder:
         self.model = onnxruntime_genai.Model(config)
         self.context = question["context"]
         self.about = {"version": onnxruntime_genai.__version__}
+        self.decoder = json.loads((self.folder / "genai_config.json").read_text())["model"]["decoder"]  # its graph's shapes are names
         self.session: Any = None
 
     def generate(self, prompt: list[int], new: int) -> tuple[float, float, list[int]]:
@@ -46,7 +47,7 @@ class Decoder:
         feeds["position_ids"] = np.arange(len(ids))[None]
         for entry in self.session.get_inputs():
             if entry.name.startswith("past_key_values"):
-                feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+                feeds[entry.name] = np.zeros((1, self.decoder["num_key_value_heads"], 0, self.decoder["head_size"]), np.float32)
         names = {entry.name for entry in self.session.get_inputs()}
         return self.session.run(["logits"], {name: value for name, value in feeds.items() if name in names})[0][0, first:-1]
 
