@@ -37,7 +37,7 @@ def systems(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any] | None
     asked = {"layers": arguments.layers, "data": str(arguments.data.resolve()), "tokens": arguments.tokens, "train": arguments.train}
     asked |= {"rate": arguments.rate} if arguments.rate else {}
     asked |= {"objectives": dict.fromkeys(arguments.objectives, 1.0)} if arguments.objectives else {}
-    asked |= {name: getattr(arguments, name) for name in ("batch", "length") if getattr(arguments, name)}
+    asked |= {name: getattr(arguments, name) for name in ("batch", "length", "precision") if getattr(arguments, name)}
     return {WHOLE: None, CUT: {**asked, "train": "none"}, TRAINED: asked}
 
 
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
+    parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--objectives", nargs="*")
     parser.add_argument("--scheme")
     parser.add_argument("--base")

@@ -27,6 +27,7 @@ class Distil(Part):
     top_k        keep the teacher's likeliest tokens only (kl and cross-entropy); 0: its whole distribution
     tokens       to be seen in training, over as many passes as that takes
     length       tokens of a window, or at most of a text; batch: windows (texts) a step
+    precision    of the student's matrix products while it trains; weights, optimizer, teacher and what is held out stay float32
     """
 
     layers: int | None = Field(default=None, ge=1)
@@ -48,6 +49,7 @@ class Distil(Part):
     weight_decay: float = Field(default=0.0, ge=0)
     noise: float = Field(default=0.0, ge=0)
     patience: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -4,6 +4,8 @@ A lesson is a number of items (windows of tokens, texts), of which some are held
 objectives over some items; `held_loss` is what the student is judged by, the same whatever the objectives: mean KL to the teacher in nats a token (decoders,
 classifiers), 1 - mean cosine to its vectors (encoders).
 
+Only the student is rounded where training runs under autocast: the teacher answers in float32 (`exact`), and losses are of float32 logits.
+
 Logits exist for CHUNK tokens at a time: 256 x 49,152 x 4 bytes are 50 MB, a few times over. The teacher's last states are kept (float16 [length, width]), from
 which its logits are made again where they are needed; or, with top_k, its likeliest tokens alone, which is a tenth of that for a wide model.
 """
@@ -30,6 +32,11 @@ MOST_HELD = 16  # windows
 MOST_HELD_TEXTS = 512
 CHUNK = 256  # tokens
 BLOCK = 64  # texts whose vectors are kept in one file
+
+
+def exact() -> Any:
+    """Without the autocast of training."""
+    return torch.autocast("cpu", enabled=False)
 
 
 class Lesson(Protocol):
@@ -87,7 +94,7 @@ class TokenLesson:
         return self.model.lm_head
 
     def _ask(self, place: int) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
+        with torch.inference_mode(), exact():
             states = self.model.model(input_ids=torch.from_numpy(self.windows[place])[None]).last_hidden_state[0]
             if not self.top_k:
                 return {"states": states.half().numpy()}
@@ -96,7 +103,7 @@ class TokenLesson:
 
     def finished(self, logits: Any) -> Any:
         """What a family does to its logits after the head."""
-        logits = logits / float(self.teacher.config.get("logits_scaling") or 1.0)
+        logits = logits.float() / float(self.teacher.config.get("logits_scaling") or 1.0)
         cap = self.teacher.config.get("final_logit_softcapping")
         return logits if not cap else cap * torch.tanh(logits / cap)
 
@@ -126,7 +133,7 @@ class TokenLesson:
         kept = self.answers.of(place)
         if self.top_k:
             return {name: torch.from_numpy(value[start : start + CHUNK]) for name, value in kept.items()}
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             return self.finished(self.head(torch.from_numpy(kept["states"][start : start + CHUNK]).float()))
 
     def held_loss(self, student: Any) -> float:
@@ -216,7 +223,7 @@ class TextLesson:
 
     def _ask(self, block: int) -> dict[str, np.ndarray]:
         feed = self.feed(range(block * BLOCK, min((block + 1) * BLOCK, len(self.texts))))
-        with torch.inference_mode():
+        with torch.inference_mode(), exact():
             return {"outputs": self.pooling.of(self.model(**feed), feed["attention_mask"]).numpy()}
 
     def wanted(self, places: Sequence[int]) -> Any:
@@ -229,7 +236,7 @@ class TextLesson:
         feed, wanted = self.feed(places), self.wanted(places)
         with projections(student if "relations" in self.weights else None) as mine:
             output = student(**feed)
-        made = self.pooling.of(output, feed["attention_mask"])
+        made = self.pooling.of(output, feed["attention_mask"]).float()
         if self.pooling.kind:
             loss = vector_loss(self.weights, made, wanted)
         else:
@@ -241,12 +248,12 @@ class TextLesson:
 
     def _states(self, feed: Mapping[str, Any], output: Any, mine: Sequence[Any]) -> Any:
         mask, total = feed["attention_mask"].bool(), 0.0
-        with torch.no_grad(), projections(self.model if "relations" in self.weights else None) as theirs:
+        with torch.no_grad(), exact(), projections(self.model if "relations" in self.weights else None) as theirs:
             told = self.model(**feed)
         if "hidden" in self.weights:
-            total = total + self.weights["hidden"] * hidden(output.last_hidden_state, told.last_hidden_state, mask)
+            total = total + self.weights["hidden"] * hidden(output.last_hidden_state.float(), told.last_hidden_state, mask)
         if "relations" in self.weights:
-            each = [relations(x, y, mask) for x, y in zip(mine, theirs, strict=True)]
+            each = [relations(x.float(), y, mask) for x, y in zip(mine, theirs, strict=True)]
             total = total + self.weights["relations"] * sum(each) / len(each)
         return total
 

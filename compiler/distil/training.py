@@ -42,7 +42,10 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. batch: items a step. noise: NEFTune's alpha on the embeddings (arXiv 2310.05914), 0 for none. patience: checks; 0 never stops early."""
+    """How to train. batch: items a step. noise: NEFTune's alpha on the embeddings (arXiv 2310.05914), 0 for none. patience: checks; 0 never stops early.
+
+    precision: bf16 has torch's autocast round the operands of the student's products; all that is kept stays float32.
+    """
 
     steps: int
     batch: int = 1
@@ -54,6 +57,7 @@ class Settings:
     noise: float = 0.0
     patience: int = 0
     seed: int = 0
+    precision: str = "fp32"
 
 
 @dataclass
@@ -201,7 +205,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * group["scale"] * rate_at(step, settings.steps)
         self.optimizer.zero_grad()
-        with noisy(self.student, settings.noise, (settings.seed, step)), cached():
+        rounded = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
+        with noisy(self.student, settings.noise, (settings.seed, step)), cached(), rounded:
             loss = self.lesson.learn(self.student, places)
         norm = torch.nn.utils.clip_grad_norm_([tensor for tensor in self.weights.values() if tensor.grad is not None], CLIP)
         if not (np.isfinite(loss) and torch.isfinite(norm)):

@@ -154,7 +154,7 @@ def make_student(
         per_step = params["batch"] * max(1, sum(map(len, items)) // len(items))
         settings = Settings(
             max(1, ask.tokens // per_step),
-            *(params[key] for key in ("batch", "train", "rank", "rate", "layer_decay", "weight_decay", "noise", "patience", "seed")),
+            *(params[key] for key in ("batch", "train", "rank", "rate", "layer_decay", "weight_decay", "noise", "patience", "seed", "precision")),
         )
         with seen_through(student, _schemes(params), start.config) if ask.quantized else nullcontext():
             progress = train(student, int(start.config[DEPTH]), lesson, settings, folders[0], report)

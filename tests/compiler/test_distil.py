@@ -242,7 +242,7 @@ def test_gradients_of_chunks_are_those_of_the_whole(four_layers, corpus, monkeyp
         assert torch.allclose(left, right, atol=1e-6) and left.abs().max() > 0
 
 
-@pytest.mark.parametrize("how", [{}, {"train": "lora", "rate": 5e-3}, {"layer_decay": 0.8, "noise": 1.0}])
+@pytest.mark.parametrize("how", [{}, {"train": "lora", "rate": 5e-3}, {"layer_decay": 0.8, "noise": 1.0}, {"precision": "bf16"}])
 def test_training_brings_the_student_nearer(four_layers, corpus, how):
     student, one = student_of(four_layers), lesson(corpus, four_layers)
     settings = Settings(**{"steps": 60, "batch": 4, "rate": 1e-3, **how})
@@ -252,6 +252,16 @@ def test_training_brings_the_student_nearer(four_layers, corpus, how):
     assert one.held_loss(student) == pytest.approx(progress.best, rel=1e-4)
     assert not any(parameter.requires_grad for parameter in student.parameters())
     assert set(student.state_dict()) == set(student_of(four_layers).state_dict())
+
+
+def test_bf16_rounds_the_student_and_not_its_teacher(four_layers, corpus):
+    student, one = student_of(four_layers).requires_grad_(True), lesson(corpus, four_layers)
+    exact = one.learn(student, [0])
+    told = one._told(0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = one.learn(student, [0])
+        assert torch.equal(one._told(0, 0), told) and told.dtype == torch.float32
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)
 
 
 def test_training_that_brings_nothing_leaves_the_student_as_it_was(four_layers, corpus):
@@ -338,13 +348,14 @@ def test_items_and_rates():
     assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[99] < 0.02
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("weights", [{"cosine": 1.0}, {"cosine": 1.0, "similarity": 1.0}, {"hidden": 1.0}, {"relations": 1.0, "cosine": 1.0}])
-def test_an_encoder_learns_its_teachers_vectors(bert, tmp_path, weights):
+def test_an_encoder_learns_its_teachers_vectors(bert, tmp_path, weights, precision):
     teacher = open_checkpoint(str(bert))
     texts = [row[: 8 + number % 12].tolist() for number, row in enumerate(tokens(96, vocab=99))]
     one = TextLesson(teacher, "feature-extraction", texts, weights, tmp_path / "answers", Pooling("mean", True))
     student = reference_model(cut(teacher, Cut((0,))), "feature-extraction")
-    progress = train(student, 1, one, Settings(steps=60, batch=16, rate=2e-3), tmp_path / "state", lambda *_: None)
+    progress = train(student, 1, one, Settings(steps=60, batch=16, rate=2e-3, precision=precision), tmp_path / "state", lambda *_: None)
     assert progress.best < 0.8 * progress.before
 
 
