@@ -46,15 +46,16 @@ def with_all_logits(model_path: Path) -> ir.Model:
 def float_activations(model: ir.Model) -> int:
     """Replace DynamicQuantizeMatMul and MatMulIntegerToFloat by DequantizeLinear and MatMul: the same weights, activations in float32. Returns how many.
 
-    requires  weights [in, out] with one scale a column and no zero point, as `encoder_quantize` writes them; codes from a QuantizeLinear (`encoder_rows`)
+    requires  weights [in, out] with one scale a column and no zero point, as `encoder_quantize` writes them; codes from a QuantizeLinear
+              with the scale and zero point that the product takes them with
     ensures   no operator rounds an activation
     """
     found = [node for node in model.graph if node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")]
     for node in found:
         if node.op_type == "MatMulIntegerToFloat":
             quantized = node.inputs[0].producer() if node.inputs[0] is not None else None
-            if quantized is None or quantized.op_type != "QuantizeLinear":
-                raise ValueError(f"{node.name}: its codes come from no QuantizeLinear")
+            if quantized is None or quantized.op_type != "QuantizeLinear" or quantized.inputs[1:3] != (node.inputs[2], node.inputs[4]):
+                raise ValueError(f"{node.name}: its codes come from no QuantizeLinear of its scale and zero point")
             widened = insert(node, "DequantizeLinear", [node.inputs[1], node.inputs[3]], axis=1)
             new = insert(node, "MatMul", [quantized.inputs[0], widened.outputs[0]])
             replace(node.outputs[0], new.outputs[0])

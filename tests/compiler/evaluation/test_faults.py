@@ -42,6 +42,7 @@ SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}, "text-generation", "int4-g32-asym"),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, "text-generation", "int8-g32"),
+    "llama-rows": ("llama", {}, "text-generation", "int8-rows"),
     "mistral": ("mistral", {"sliding_window": 5}, "text-generation", "int4-g32"),
     "qwen3": ("qwen3", {"head_dim": 32}, "text-generation", "fp32"),
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}, "text-generation", "int8-g16-asym"),
@@ -152,6 +153,12 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "last rows of the head missing": ("llama", lambda g: g.change("lm_head.scales", rows_zeroed(208))),
     "last rows of the table missing": ("llama-tied", lambda g: g.change("lm_head.scales", rows_zeroed(210))),
     "tied head of another scheme": ("llama-tied", lambda g: g.change("lm_head.scales", scaled(1.01))),
+    "by token: codes of another layer": ("llama-rows", lambda g: g.put(f"{LAYER}.attn.o_proj.codes", g.array("model.layers.0.attn.o_proj.codes"))),
+    "by token: scales of another layer": ("llama-rows", lambda g: g.put(f"{LAYER}.attn.o_proj.scales", g.array("model.layers.0.attn.o_proj.scales"))),
+    "by token: the scale of another product": (
+        "llama-rows",
+        lambda g: g.rewire(g.node("/layers.1/mlp/down_proj/scale"), 1, g.node("/layers.1/attn/o_proj/most").outputs[0]),
+    ),
     "window off by one": ("mistral", lambda g: g.attribute(g.node("/layers.1/attn/gqa"), "local_window_size", 6)),
     "window left out": ("mistral", lambda g: g.attribute(g.node("/layers.0/attn/gqa"), "local_window_size", -1)),
     "norms of queries and keys swapped": ("qwen3", lambda g: g.swap(f"{LAYER}.self_attn.q_norm.weight", f"{LAYER}.self_attn.k_norm.weight")),
