@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,6 @@ class Bench:
     work: Path
     out: Path
     rows: list[dict[str, Any]]
-    smoothed_for: dict[str, Checkpoint] = field(default_factory=dict)
 
     def add(self, system: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure a system unless its row is there, and write the rows."""
@@ -173,17 +173,13 @@ class Bench:
         schemes = Schemes(parse_scheme(scheme))
         return self.ours(self.checkpoint(schemes), schemes)
 
-    def under_auto(self, size_mb: float) -> Checkpoint:
-        """What the losses are measured on."""
-        schemes = smooth_stage.before_auto(self.reference.checkpoint, {}, [{"size_mb": size_mb}])
-        name = str(schemes.default)
-        if name not in self.smoothed_for:
-            self.smoothed_for[name] = self.checkpoint(schemes)
-        return self.smoothed_for[name]
+    @cached_property
+    def under_auto(self) -> Checkpoint:
+        return self.checkpoint(Schemes(parse_scheme(smooth_stage.UNDER_AUTO)))
 
     def auto(self, size_mb: float, tuned: str | None = None) -> dict[str, Any]:
         """`scheme: auto` for the weights and graph of a size: the limit is that and what is not of the graph, the tokenizer. tuned: `quantize.tune`."""
-        checkpoint, rows = self.under_auto(size_mb), calibration_set(self.calibration)
+        checkpoint, rows = self.under_auto, calibration_set(self.calibration)
         step = auto.sensitivity_step({"base": checkpoint.digest}, self.method, rows.digest)
         started = time.perf_counter()
         found = auto.measured_sensitivity(checkpoint, step, rows, Store.default(), quiet)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from compiler.errors import RecipeError
 from compiler.progress import Progress
 from compiler.recipe import Recipe
-from compiler.scheme import Schemes
+from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Sources, mixture_of
 from compiler.stages import codes
 from compiler.stages import distil as distil_stage
 from compiler.stages import export as export_stage
 from compiler.stages.keep import AS_IS
-from compiler.stages.smooth import before_auto, smooth_step, smoothed_sources
+from compiler.stages.smooth import UNDER_AUTO, smooth_step, smoothed_sources
 from compiler.store import Store
 
 
@@ -25,9 +25,7 @@ def planned(recipe: Recipe) -> Sources:
     if not recipe.quantize.smooth:
         return sources
     _require_smoothable(recipe, sources)
-    if recipe.quantize.auto:
-        return to_smooth(recipe, sources, before_auto(sources.merged, recipe.quantize.fixed, [target.limits for target in recipe.targets]))
-    return to_smooth(recipe, sources, recipe.quantize.schemes)
+    return to_smooth(recipe, sources, Schemes(parse_scheme(UNDER_AUTO), recipe.quantize.fixed) if recipe.quantize.auto else recipe.quantize.schemes)
 
 
 def _require_smoothable(recipe: Recipe, sources: Sources) -> None:

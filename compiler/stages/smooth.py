@@ -5,26 +5,24 @@ The evaluation still compares with the merged model itself: in exact arithmetic 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compiler.checkpoints.view import Checkpoint
 from compiler.evaluation.data import EvaluationSet
 from compiler.plan import Step
 from compiler.quantizers.smooth import CANDIDATES, GAIN, REACH, Report, smoothing
 from compiler.record import versions
-from compiler.scheme import Scheme, Schemes, parse_scheme
+from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Sources
-from compiler.stages.quantize import predicted_bytes
 from compiler.store import Store
 
 SMOOTH_VERSION = 1
 WINDOWS = 4  # of 512 tokens of the calibration text
-UNDER_AUTO = ("int4-g64-asym-s16", "int5-g64-s16", "int6-g64-s16", "int7-g64-s16", "int8-g64-s16")
+UNDER_AUTO = "int4-g64-asym-s16"  # what s is chosen for before `auto` has chosen; then it is chosen again, for that
 FILE = "scales.npz"
 
 
@@ -35,15 +33,6 @@ def smooth_step(identity: Mapping[str, Any], schemes: Schemes, method: str, cali
     rules = {"candidates": CANDIDATES, "gain": GAIN[method], "reach": REACH}
     tools = versions(["numpy", "torch", "transformers", "tokenizers"])
     return Step("smooth", params, {"version": SMOOTH_VERSION, "merge": dict(identity), "options": {**params, **rules}, "tools": tools})
-
-
-def before_auto(merged: Checkpoint, fixed: Mapping[str, Scheme], limits: Iterable[Mapping[str, float]]) -> Schemes:
-    """What s is chosen for before `auto` has chosen: the one of UNDER_AUTO whose size is nearest to the tightest limit on size, the first where there is none.
-    Then s is chosen again, for what was chosen.
-    """
-    schemes = [Schemes(parse_scheme(text), dict(fixed)) for text in UNDER_AUTO]
-    sizes = [limit["size_mb"] * 1e6 for limit in limits if "size_mb" in limit]
-    return min(schemes, key=lambda one: abs(predicted_bytes(merged, one) - min(sizes))) if sizes else schemes[0]
 
 
 def smoothed_sources(sources: Sources, step: Step, store: Store, rows: EvaluationSet, report: Report) -> Sources:

@@ -244,19 +244,6 @@ def test_auto_is_smoothed_for_what_was_chosen_and_rebuilt_so(trimtab, recipe, tm
     assert code == 0, stderr
 
 
-def test_auto_measures_losses_on_a_model_smoothed_for_the_bits_that_its_limit_allows(tiny_llama):
-    from compiler.checkpoints.resolve import open_checkpoint
-    from compiler.scheme import Schemes, parse_scheme
-    from compiler.stages.quantize import predicted_bytes
-    from compiler.stages.smooth import UNDER_AUTO, before_auto
-
-    merged = open_checkpoint(str(tiny_llama))
-    for text in UNDER_AUTO:
-        size = predicted_bytes(merged, Schemes(parse_scheme(text))) / 1e6
-        assert str(before_auto(merged, {}, [{"size_mb": 9.0}, {"size_mb": size * 1.02}]).default) == text
-    assert str(before_auto(merged, {}, [{"kl_mean": 0.1}]).default) == UNDER_AUTO[0]
-
-
 def test_a_pattern_that_fixes_nothing_under_auto_is_told_before_anything_is_measured(trimtab, recipe):
     path = recipe({"size_mb": 0.27}, quantize={"scheme": "auto", "layers": {"nothing.*": "int8-g32"}})
     for command in ("plan", "compile"):
