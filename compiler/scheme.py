@@ -152,3 +152,8 @@ def parse_scheme(text: str, place: str = "quantize.scheme") -> Scheme:
     if text in ENCODER_SCHEMES or text in DECODER_SCHEMES:
         return {**ENCODER_SCHEMES, **DECODER_SCHEMES}[text]
     raise RecipeError(place, expected=KNOWN, found=repr(text), remedy="choose one of these schemes")
+
+
+def prompt_scheme(name: str, scheme: Scheme) -> Scheme:
+    """What a matrix has in the graph for prompts (`quantize.prompts`): by row where it is in groups; head, embedding and all others stay as they are."""
+    return DECODER_SCHEMES["int8-rows"] if scheme.kernel == "nbits" and name not in ("lm_head", "model.embed_tokens") else scheme

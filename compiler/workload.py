@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.checkpoints.view import Checkpoint
-from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, stored_bytes
+from compiler.scheme import Scheme, Schemes, matrix_name, parse_scheme, prompt_scheme, stored_bytes
 from targets.kernels import Case
 from targets.predict import Operator, Workload
 
@@ -26,7 +26,6 @@ KERNELS = {
     "rows": "DynamicQuantizeMatMul",
     "tokens": "DynamicQuantizeMatMul",
 }
-ROWS, UNTOUCHED = parse_scheme("int8-rows"), ("lm_head", "model.embed_tokens")
 QKV = re.compile(r"(.*[._])(query|key|value|[qkv]_lin|[qkv]_proj)\.weight")
 TABLES = re.compile(r"embed|shared\.weight|wte|wpe")
 
@@ -99,13 +98,13 @@ def with_adapter(work: Workload, ranks: Mapping[str, int], uses: Sequence[Matrix
 
 
 def prompt_uses(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
-    """The matrices of the graph for prompts: those in groups by row, the others as they are (`graph.weights`)."""
-    return [replace(use, scheme=ROWS) if use.scheme.kernel == "nbits" and use.name not in UNTOUCHED else use for use in uses]
+    """The matrices of the graph for prompts."""
+    return [replace(use, scheme=prompt_scheme(use.name, use.scheme)) for use in uses]
 
 
 def prompt_bytes(uses: Sequence[MatrixUse]) -> int:
     """What that graph stores beside the first one's weights."""
-    return sum(second.bytes for first, second in zip(uses, prompt_uses(uses), strict=True) if second is not first)
+    return sum(second.bytes for first, second in zip(uses, prompt_uses(uses), strict=True) if second != first)
 
 
 def with_prompts(work: Workload, config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:

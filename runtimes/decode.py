@@ -121,7 +121,7 @@ def open_graphs(bundle: Bundle, settings: SessionSettings | None) -> tuple[Any, 
     """Sessions of the bundle's graph and of its graph for prompts. The second is None where it has none, on other providers than the CPU (they lack its
     kernels), and where no rounding of activations is asked for (`SessionSettings.exact`). Raises BundleError as `open_session` does.
 
-    The threads of one spin for SPIN_US at most after a run, since the other may run next: with the default, prompts took 1.15 times as long.
+    The threads of one spin for SPIN_US at most after a run, since the other may run next: with the default, prompts took 1.15 times as long (by hand).
     """
     settings = settings or SessionSettings()
     if bundle.prompt_path is None or settings.exact or settings.provider != "cpu":

@@ -17,8 +17,7 @@ from compiler.evaluation.data import Row
 from compiler.quantizers import affine
 from compiler.quantizers.pack import Packed, unpack
 from compiler.quantizers.smooth import changes_of
-from compiler.scheme import parse_scheme
-from compiler.workload import ROWS, matrix_uses, prompt_uses
+from compiler.scheme import parse_scheme, prompt_scheme
 from runtimes.bundle import Bundle
 
 Report = Callable[[str, int, int], None]
@@ -70,8 +69,9 @@ class Exported:
                 parameters[name].data.numpy()[...] = change.of(parameters[name].data.numpy())
         layers, made = self.summary["layers"], self.made if self.codes else None
         if prompts:
-            layers = [{**row, "scheme": str(second.scheme)} for row, second in zip(layers, prompt_uses(matrix_uses(layers)), strict=True)]
-            by_row = {row["name"] for row in layers if row["scheme"] == str(ROWS)}
+            first = {row["name"]: row["scheme"] for row in layers}
+            layers = [{**row, "scheme": str(prompt_scheme(row["name"], parse_scheme(row["scheme"])))} for row in layers]
+            by_row = {row["name"] for row in layers if row["scheme"] != first[row["name"]]}
             made = (lambda name: None if name in by_row else self.made(name)) if self.codes else None
         return faithful.see_through(reference, layers, self.model, config, made, self.wide)
 

@@ -28,10 +28,8 @@ from compiler.graph.nodes import MICROSOFT, GraphBuilder
 from compiler.quantizers import nbits
 from compiler.quantizers.pack import Packed, plane, plane_table, planes
 from compiler.quantizers.rows import gather_rows
-from compiler.scheme import Scheme, Schemes, parse_scheme
+from compiler.scheme import Scheme, Schemes, prompt_scheme
 
-ROWS = parse_scheme("int8-rows")
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 UNIT = 127  # activation codes a token's largest value stands for
 
 Progress = Callable[[str, int, int], None]
@@ -110,9 +108,9 @@ class WeightWriter:
         scheme = self.schemes.of(name)
         if self.first is not None:
             given = self.first._written[name]
-            if given.scheme.kernel != "nbits" or name in (EMBEDDING, HEAD):
+            scheme = prompt_scheme(name, given.scheme)
+            if scheme == given.scheme:
                 return given
-            scheme = ROWS
         views = [self.view(f"{source}.weight", (rows, k)) for source, rows in sources.items()]
         stored_bias = None
         if bias:
