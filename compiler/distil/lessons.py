@@ -103,8 +103,8 @@ class TokenLesson:
 
     def finished(self, logits: Any) -> Any:
         """What a family does to its logits after the head."""
-        logits = logits.float() / float(self.teacher.config.get("logits_scaling") or 1.0)
-        cap = self.teacher.config.get("final_logit_softcapping")
+        logits, scaling, cap = logits.float(), self.teacher.config.get("logits_scaling") or 1.0, self.teacher.config.get("final_logit_softcapping")
+        logits = logits if scaling == 1 else logits / float(scaling)  # 50 MB are divided only for a reason
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def learn(self, student: Any, places: Sequence[int]) -> float:

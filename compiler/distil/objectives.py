@@ -94,6 +94,10 @@ OBJECTIVES = {
 }
 
 
+def at(temperature: float, logits: torch.Tensor) -> torch.Tensor:
+    return logits if temperature == 1 else logits / temperature
+
+
 def distribution_loss(
     weights: Mapping[str, float], teacher: torch.Tensor | None, student: torch.Tensor, next_ids: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
@@ -103,8 +107,8 @@ def distribution_loss(
     next_ids          [n], or [n - 1] at the end of a text: its last token has no next one
     """
     total = student.new_zeros(())
-    p: Any = None if teacher is None else (teacher / temperature).log_softmax(-1)
-    q = (student / temperature).log_softmax(-1)
+    p: Any = None if teacher is None else at(temperature, teacher).log_softmax(-1)
+    q = at(temperature, student).log_softmax(-1)
     for name, weight in weights.items():
         row = OBJECTIVES[name]
         if row.over != TOKENS:

@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import cached  # what `through` rounds is rounde
 from compiler.distil.importance import stack_of
 from compiler.distil.lessons import Lesson
 from compiler.errors import RecipeError, TrimtabError
+from compiler.memory import large_blocks_kept
 from compiler.store import sync, writing
 
 WARM = 0.05
@@ -93,7 +94,7 @@ def train(student: Any, depth: int, lesson: Lesson, settings: Settings, folder: 
         raise RecipeError("distil.data", expected="items to train on and to hold out", found=f"{count} in all", remedy=remedy, code="DATA_EMPTY")
     student.train()
     still(student)
-    with adapted(student, settings) as weights:
+    with large_blocks_kept(), adapted(student, settings) as weights:
         run = Run(student, lesson, settings, weights, optimizer_of(weights, depth, student, settings), folder)
         run.resume()
         return run.go(report)
