@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from targets.errors import TargetError
-from targets.kernels import MATRICES, OPERATORS, ROPE_POSITIONS, Case, CaseRun, Part, open_model, weight_bytes
+from targets.kernels import MATRICES, OPERATORS, ROPE_POSITIONS, Case, CaseRun, open_model, weight_bytes
 from targets.wire import INT32, INT64, MICROSOFT, Graph, Node, Value, model_bytes
 
 DECODER, ENCODER = "DecoderLayer", "EncoderLayer"
@@ -79,7 +79,7 @@ def depth(layer: Case, stream_bytes: int) -> int:
 
 
 class Chain:
-    """A graph under construction: nodes and constants, with the weights of one matrix kind drawn once (their values do not matter, their places do)."""
+    """A graph under construction: nodes and constants. Values do not matter, but no two matrices have the same (see the head of `targets.kernels`)."""
 
     def __init__(self, layer: Case) -> None:
         self.layer = layer
@@ -87,14 +87,11 @@ class Chain:
         self.constants: dict[str, NDArray[Any]] = {}
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
-        self._drawn: dict[Case, Part] = {}
 
     def matrix(self, x: str, k: int, n: int, name: str) -> str:
         """y = matrix(x), the matrix [n, k] as the table's case of it has it."""
         case = matrix_case(self.layer, k, n)
-        if case not in self._drawn:
-            self._drawn[case] = OPERATORS[case.op](case, 0)
-        (node,), constants, _, _ = self._drawn[case]
+        (node,), constants, _, _ = OPERATORS[case.op](case, len(self.nodes))
         names = {old: f"{name}.{old}" for old in constants}
         self.constants |= {names[old]: array for old, array in constants.items()}
         return self.node(node.op, [x, *(names[old] for old in constants)], name, node.attributes, node.domain)

@@ -53,11 +53,13 @@ class Graph:
 
 def model_bytes(graph: Graph) -> bytes:
     """The serialised ModelProto. Raises KeyError for a constant whose type the probe does not use."""
-    parts = [_message(1, _node(node)) for node in graph.nodes] + [_text(2, "probe")]
-    parts += [_message(5, _tensor(name, value)) for name, value in graph.constants.items()]
+    parts: list[bytes | memoryview] = [*(_message(1, _node(node)) for node in graph.nodes), _text(2, "probe")]
+    for name, value in graph.constants.items():
+        parts += _constant(name, value)
     parts += [_message(11, _value_info(value)) for value in graph.inputs] + [_message(12, _value_info(value)) for value in graph.outputs]
     opsets = _message(8, _varint(2, OPSET)) + _message(8, _text(1, MICROSOFT) + _varint(2, 1))
-    return _varint(1, IR_VERSION) + _text(2, "trimtab") + _message(7, b"".join(parts)) + opsets
+    begin = _varint(1, IR_VERSION) + _text(2, "trimtab") + _number(7 << 3 | 2) + _number(sum(map(len, parts)))
+    return b"".join([begin, *parts, opsets])
 
 
 def _node(node: Node) -> bytes:
@@ -71,9 +73,12 @@ def _attribute(name: str, value: int | float) -> bytes:
     return _text(1, name) + _varint(3, value) + _varint(20, _ATTRIBUTE_INT)
 
 
-def _tensor(name: str, value: NDArray[np.generic]) -> bytes:
+def _constant(name: str, value: NDArray[np.generic]) -> list[bytes | memoryview]:
+    """An initializer of the graph in two pieces, the second its content: hundreds of megabytes are copied once, by who joins all pieces."""
+    content = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
     dims = b"".join(_varint(1, size) for size in value.shape)
-    return dims + _varint(2, TYPES[value.dtype]) + _text(8, name) + _message(9, np.ascontiguousarray(value).tobytes())
+    head = dims + _varint(2, TYPES[value.dtype]) + _text(8, name) + _number(9 << 3 | 2) + _number(len(content))
+    return [_number(5 << 3 | 2) + _number(len(head) + len(content)) + head, content]
 
 
 def _value_info(value: Value) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from targets import passes
-from targets.kernels import MATRICES, Case, CaseRun, Point, open_model
+from targets.kernels import MATRICES, Case, CaseRun, Point, case_model, open_model
 from targets.layers import DECODER, ENCODER, LAYERS_LEAST, Step, depth, layer_bytes, layer_model, open_layers, parts
 from targets.passes import PASSES, STEP, ChainPasses, Samples, Timing
 from targets.predict import Operator, Workload, predict
@@ -20,6 +20,7 @@ from targets.spin import Spin
 from targets.table import KernelTable
 
 SMALL = [Case(DECODER, 4, 32, 256, 96), Case(DECODER, 8, 64, 256, 128, symmetric=False), Case(DECODER, 32, 0, 256, 96), Case(ENCODER, 32, 0, 64, 96)]
+MATRIX_KINDS = (("MatMulNBits", 4, 32), ("MatMul", 32, 0), ("FusedMatMul", 32, 0), ("DynamicQuantizeMatMul", 8, 0))
 EVERY = [layer for layer, _, _ in passes.CHAINS]
 
 
@@ -32,6 +33,18 @@ def test_onnx_accepts_the_chains_and_they_run(layer: Case) -> None:
     run = CaseRun(layer, 2, open_model(model, 1))
     for point in (Point(3), Point(1, 5)) if layer.op == DECODER else (Point(3),):
         run.bind(point)()
+
+
+@pytest.mark.parametrize(
+    "model", [*(layer_model(layer, 2) for layer in SMALL), *(case_model(Case(op, bits, block, 64, 32), 3) for op, bits, block in MATRIX_KINDS)]
+)
+def test_no_two_matrices_are_equal(model: bytes) -> None:
+    """onnxruntime runs many equal ones as fast as one that stays in the cache."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    tables = [to_array(one).tobytes() for one in onnx.load_from_string(model).graph.initializer if len(one.dims) > 1 and one.name not in ("cos", "sin")]
+    assert len(set(tables)) == len(tables) > 1
 
 
 @pytest.mark.parametrize("layer", SMALL, ids=str)
