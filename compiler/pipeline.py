@@ -165,18 +165,17 @@ class Run:
 
     def settle(self, item: TargetItem, profile: Profile, out: Path) -> Outcome:
         """Choose for the target, build, and choose again where a check disagrees (compiler.auto)."""
-        step = _sensitivity_step(self.recipe, self.sources)
-        cached = self.store.get(step.key) is not None
-        with self.progress.stage("sensitivity", f"{len(auto.CHOICES)} choices a matrix" + (" (cached)" if cached else "")):
-            text = codes.calibration_text(self.recipe)
-            found = auto.measured_sensitivity(self.sources.weights, step, text, self.store, self.progress.update)
-        chooser = auto.Chooser(self.sources.weights, found, profile, item.limits, self.recipe.quantize.fixed)
+        step, weights = _sensitivity_step(self.recipe, self.sources), self.sources.weights
+        with prepare.recorded(step, f"{len(auto.CHOICES)} choices a matrix", weights, "sensitivity.json", self.store, self.progress) as records:
+            found = auto.measured_sensitivity(weights, step, codes.calibration_text(self.recipe), self.store, self.progress.update)
+        measured = replace(self.sources, records=(*self.sources.records, *records))
+        chooser = auto.Chooser(weights, found, profile, item.limits, self.recipe.quantize.fixed)
 
         def build(chosen: auto.Chosen) -> Outcome:
             expected = ", ".join(f"{name} {value:.4g}" for name, value in chosen.expected.items())
             with self.progress.stage("choose", f"{chosen.counts()}; expected {expected}"):
                 pass
-            sources = prepare.smoothed(self.recipe, prepare.to_smooth(self.recipe, self.sources, chosen.schemes), self.store, self.progress)
+            sources = prepare.smoothed(self.recipe, prepare.to_smooth(self.recipe, measured, chosen.schemes), self.store, self.progress)
             return replace(self, chosen=chosen, sources=sources).target(item, profile, out)
 
         return auto.settle(chooser, build)
@@ -192,7 +191,7 @@ class Run:
         exported, export_record = self._export(plan, self.sources, made)
         evaluation, evaluate_record = self._evaluate(plan, exported, made)
         summary = json.loads((exported / export_stage.SUMMARY).read_text())
-        records = [merged, *self._ahead(), *quantized, export_record, evaluate_record]
+        records = [merged, *self.sources.records, *quantized, export_record, evaluate_record]
         place = out / f"{self.recipe.name}-{Path(item.profile).stem}"
         with package.staging(place) as work:
             package.assemble(exported, work)
@@ -213,12 +212,6 @@ class Run:
             document["adapters"] = self._cost(item, profile, work, summary["model"])
             document |= self._standing(plan, document, verdict)
             return _finish(work, place, document, facts, verdict)
-
-    def _ahead(self) -> list[Record]:
-        """Accounts of the steps between merge and the first codes."""
-        distil, smooth = self.sources.distil, self.sources.smooth
-        made = [Record("distil", distil.key, [self.sources.reference.digest], ["student"], dict(distil.params))] if distil else []
-        return made + ([Record("smooth", smooth.key, [self.sources.merged.digest], ["scales"], dict(smooth.params))] if smooth else [])
 
     def _standing(self, plan: Plan, document: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
         """Where this build stands among earlier ones, and what it saves."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+from compiler.checkpoints.view import Checkpoint
 from compiler.errors import RecipeError
+from compiler.plan import Step
 from compiler.progress import Progress
 from compiler.recipe import Recipe
+from compiler.record import Record, Stopwatch, tree_bytes
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Sources, mixture_of
 from compiler.stages import codes
@@ -65,8 +70,9 @@ def made(recipe: Recipe, sources: Sources, store: Store, progress: Progress) -> 
     """The sources once student and smoothing that were planned are there."""
     if sources.distil and recipe.distil:
         size = f"{sources.merged.parameter_count / 1e6:.1f} M parameters of {sources.reference.parameter_count / 1e6:.1f} M"
-        with progress.stage("distil", size + (" (cached)" if store.get(sources.distil.key) else "")):
+        with recorded(sources.distil, size, sources.reference, "student", store, progress) as records:
             sources = distil_stage.distilled_sources(sources, recipe.distil, codes.training_rows(recipe), store, progress.update, recipe.folder)
+        sources = replace(sources, records=(*sources.records, *records))
     return smoothed(recipe, sources, store, progress)
 
 
@@ -76,5 +82,16 @@ def smoothed(recipe: Recipe, sources: Sources, store: Store, progress: Progress)
         return sources
     others = len(sources.smooth.params["layers"])
     told = f"for {sources.smooth.params['scheme']}" + (f" and {others} matrices of their own schemes" if others else "")
-    with progress.stage("smooth", told + (" (cached)" if store.get(sources.smooth.key) else "")):
-        return smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    with recorded(sources.smooth, told, sources.merged, "scales", store, progress) as records:
+        sources = smoothed_sources(sources, sources.smooth, store, codes.calibration_text(recipe), progress.update)
+    return replace(sources, records=(*sources.records, *records))
+
+
+@contextmanager
+def recorded(step: Step, told: str, read: Checkpoint, wrote: str, store: Store, progress: Progress) -> Iterator[list[Record]]:
+    """A stage with its progress; its record is in the list on leaving."""
+    watch, cached, records = Stopwatch(), store.get(step.key) is not None, list[Record]()
+    with progress.stage(step.stage, told + (" (cached)" if cached else "")):
+        yield records
+    record = Record(step.stage, step.key, [read.digest], [wrote], dict(step.params), cached, bytes=tree_bytes(store.place(step.key)), **watch.account)
+    records.append(record)

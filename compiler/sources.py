@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from compiler.plan import Step
     from compiler.recipe import Recipe
+    from compiler.record import Record
 
 LINEAR = Combine()
 IDENTITY = ("kind", "weight", "digest", "select")
@@ -86,6 +87,7 @@ class Sources:
     distil    the step that makes the student, if any
     smooth    the step that changes the weights before they are rounded, if any
     scales    what that step gave, by fused matrix
+    records   accounts of what was made on the way here
     """
 
     merge: MergePlan
@@ -95,6 +97,7 @@ class Sources:
     distil: Step | None = None
     smooth: Step | None = None
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
+    records: Sequence[Record] = ()
 
     @property
     def reference(self) -> Checkpoint:

@@ -25,7 +25,7 @@ from targets.layers import DECODER, ENCODER
 from targets.profile import Profile
 from targets.table import KernelTable
 
-TABLE_HERE, TABLE, ROOFLINE, MEMORY = 0.65, 0.8, 1.0, 0.2  # relative half-widths
+TABLE_HERE, TABLE, ROOFLINE, MEMORY = 0.3, 0.8, 1.0, 0.2  # relative half-widths
 NBITS_SHARE = 0.45  # of the int8 GEMM rate; measured 0.34-0.48 on Zen 4 with AVX512-VNNI at 512 tokens
 ATTENTION_SHARE = 0.3  # of the fp32 GEMM rate
 REGION_US = 5.0  # a parallel region, where none was measured

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from targets.errors import TargetError
 from targets.kernels import COPIES_MOST, STREAM_BYTES, Case, Point, case_model, cases, copies, open_case, weight_bytes
 from targets.probe import probe, repeat, time_case
 from targets.profile import dump_profile, load_profile
-from targets.spin import Spin
+from targets.spin import Spin, apart
 from targets.wire import Graph, Node, Value, _number, model_bytes
 
 CASES = [
@@ -127,6 +129,22 @@ def test_a_short_probe_is_a_profile(tmp_path: Path) -> None:
 def test_budgets_that_are_none(seconds: float) -> None:
     with pytest.raises(TargetError, match="expected a positive number of seconds"):
         probe(seconds)
+
+
+def test_threads_of_the_reference_kernel_stay_apart() -> None:
+    assert apart({0, 1, 2}, 2) == [{0, 2}, {1}] and apart({5}, 2) == [{5}, {5}]
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
+    meet = threading.Barrier(2)
+
+    def where() -> set[int]:
+        meet.wait(10)
+        return os.sched_getaffinity(0)
+
+    with Spin(2) as spin:
+        first, second = (done.result() for done in [spin._pool.submit(where) for _ in range(2)])
+    assert first and second and not first & second
+    assert os.sched_getaffinity(0) == first | second  # the rest of the process stays where it was
 
 
 def test_spin_knows_a_disturbed_machine_from_a_quiet_one() -> None:
