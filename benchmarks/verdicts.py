@@ -8,9 +8,8 @@
 A process gives latencies whose 50th, 90th, 95th or 99th percentile is 1 exactly. At a limit of 1 every PASS and every FAIL is wrong; at another limit the
 share of PASS is the power.
 
-On a real machine each fresh process gives a series of requests, dealt out in turn by DEALT: the percentile of one half is taken for the true one (it is of the
-same minutes, on a machine whose speed wanders from one to the next), and the other half is judged at limits 10 % above and below it, by the sampler's own looks
-in the series' own order.
+On a real machine each fresh process gives a series of requests, for SECONDS. Its percentile is the true one (of these seconds: the machine's speed wanders from
+minute to minute), and the series is judged at limits 10 % above and below it, by the sampler's own looks in its own order; most end early in it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -35,11 +33,10 @@ from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
-REQUESTS = 3000
-DEALT = 8  # requests
+SECONDS = 40.0
 SERIES = {"decoder": "tpot_ms", "encoder": "encode_ms"}
 SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 8, "length": 32}
-MOST = 2000  # requests, as BenchOptions.most
+MOST = 2000  # requests; BenchOptions.most is larger, for short ones
 SPREAD = 0.1  # of the logarithm of a latency, unless a process says otherwise
 Rng = np.random.Generator
 Process = Callable[[Rng, int, float], NDArray[np.float64]]  # (generator, requests, percentile) -> latencies with that percentile at 1
@@ -169,32 +166,28 @@ def simulate(trials: int) -> dict[str, Any]:
 
 
 def collected(bundle: Path, processes: int, kept: Path) -> None:
-    """One piece: fresh processes, REQUESTS requests each, without limits. Appends their series to `kept`."""
+    """One piece: fresh processes, SECONDS each, without limits. Appends their series to `kept`."""
     from runtimes.bench import BenchOptions, measure_in_child
 
     rows = json.loads(kept.read_text()) if kept.exists() else []
     for _ in range(processes):
-        result = measure_in_child(bundle, BenchOptions(least=REQUESTS, most=REQUESTS, seconds=30.0, **SHORT))
+        result = measure_in_child(bundle, BenchOptions(least=10_000, most=10_000, seconds=SECONDS, **SHORT))
         rows.append({"kind": result.kind, "values": list(result.series[SERIES[result.kind]]), "dropped": result.dropped, "spin_ms": result.spin_ms})
         kept.write_text(json.dumps(rows))
 
 
 def decided(kept: Path) -> dict[str, Any]:
-    """Verdicts of the sampler's looks over one half of each process's requests, for limits 10 % above and below the percentile of its other half."""
-    rows = [row for row in json.loads(kept.read_text()) if len(row["values"]) >= REQUESTS // 2]
+    """Verdicts of the sampler's looks over each process's requests, for limits 10 % above and below their percentile."""
+    rows = [row for row in json.loads(kept.read_text()) if row["values"]]
     found: dict[str, Any] = {"processes": len(rows), "series": SERIES[rows[0]["kind"]], "dropped": [row["dropped"] for row in rows]}
     for percentile in (50, 90):
-        outcomes: dict[str, list[str]] = {"above": [], "below": []}
-        truths = []
-        for row in rows:
-            pieces = [row["values"][at : at + DEALT] for at in range(0, len(row["values"]), DEALT)]
-            known, asked = (list(chain.from_iterable(pieces[half::2])) for half in (0, 1))
-            truths.append(float(np.quantile(known, percentile / 100)))
-            for side, factor in (("above", 1.1), ("below", 0.9)):
-                outcomes[side].append(judged(asked, percentile, truths[-1] * factor)[0])
-        counts = {side: {name: told.count(name) for name in (PASS, FAIL, INCONCLUSIVE)} for side, told in outcomes.items()}
-        found[f"p{percentile}"] = {"true_ms": float(np.median(truths)), "least_ms": min(truths), "most_ms": max(truths), **counts}
-        print(f"p{percentile} {found[f'p{percentile}']}")
+        truths = [float(np.quantile(row["values"], percentile / 100)) for row in rows]
+        told = found[f"p{percentile}"] = {"true_ms": float(np.median(truths)), "least_ms": min(truths), "most_ms": max(truths)}
+        for side, factor in (("above", 1.1), ("below", 0.9)):
+            judgements = [judged(row["values"], percentile, truth * factor) for row, truth in zip(rows, truths, strict=True)]
+            outcomes = [outcome for outcome, _ in judgements]
+            told[side] = {name: outcomes.count(name) for name in (PASS, FAIL, INCONCLUSIVE)} | {"samples": float(np.median([n for _, n in judgements]))}
+        print(f"p{percentile} {told}")
     return found
 
 

@@ -1,7 +1,7 @@
 """Measure a bundle: load time, time to first token, time per output token, encode latency, peak memory.
 
     python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 256]
-                             [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 2000] [--seconds 120] [--seed 0] [--adapter NAME] [--progress]
+                             [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 10000] [--seconds 120] [--seed 0] [--adapter NAME] [--progress]
                              [--scene single|batch|server|cold] [--rate-per-s 2] [--concurrency 1] [--cores 1] [--memory-bytes 2000000000]
 
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
@@ -78,7 +78,7 @@ class BenchOptions:
     threads: int = 0
     seed: int = 0
     least: int = 20
-    most: int = 2000
+    most: int = 10_000
     seconds: float = 120.0
     max_seconds: float = 0.0
     adapter: str = ""

@@ -51,7 +51,7 @@ class Budget:
     """When to stop. Without limits, `least` samples are taken; with them, sampling goes on to a decision or to `most` calls or `seconds`."""
 
     least: int = 20
-    most: int = 2000
+    most: int = 10_000
     seconds: float = 120.0
     window_ms: float = 40.0
     confidence: float = CONFIDENCE
