@@ -58,7 +58,7 @@ def test_every_shipped_profile_says_where_its_numbers_come_from(name: str) -> No
 
 
 def test_the_kernel_table_agrees_with_the_figures_beside_it() -> None:
-    """Matrices stream their weights about as fast as memory is read (they fill the last cache twice, so a part stays there), and multiply as the machine does."""
+    """Matrices stream their weights about as fast as memory is read (a part stays in the last cache, which they fill twice), and multiply as it does."""
     profile = load_profile("avx512vnni-2core")
     matrices = [(row, Case(row.op, row.bits, row.block, row.k, row.n, row.symmetric)) for row in profile.kernels if row.op in MATRICES]
     streamed = [weight_bytes(case) / row.us / 1e3 for row, case in matrices if row.m == 1]
