@@ -210,7 +210,7 @@ def test_constants_in_the_prose_are_the_codes() -> None:
 
     budget, bench = collect.Budget(), BenchOptions()
     verdicts, evaluation, export = text_of("verdicts.md"), text_of("evaluation.md"), text_of("export.md")
-    assert f"{bench.most} requests or {judge.MEASURE_SECONDS:.0f} seconds" in verdicts
+    assert f"{bench.most:,} requests or {judge.MEASURE_SECONDS:.0f} seconds" in verdicts
     assert f"about {budget.window_ms:.0f} ms" in verdicts and f"more than {TOLERANCE} times" in verdicts
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
     assert (
