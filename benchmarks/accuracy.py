@@ -279,7 +279,7 @@ def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
 
 
 def paired(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`auto` against uniform schemes that are as large, but for 1 %: mean difference of the windows' KL (below 0: `auto` loses less), and in how many it does."""
+    """`auto` against uniform schemes that are as large, but for 1 %: mean difference of the windows' KL (below 0: `auto` loses less), and in how many."""
     lines = []
     own = [row for row in rows if row["system"].startswith("trimtab ") and "kl_by_window" in row]
     for auto_row in (row for row in own if "auto" in row["system"]):
