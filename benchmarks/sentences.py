@@ -4,8 +4,8 @@
     python benchmarks/sentences.py --pairs TEST.tsv --out PAIRS.jsonl
 
 FILE: text; .csv, whose column `text` is taken; .jsonl, whose strings are taken. Each is cut where a sentence ends; sentences of fewer than --least characters,
-those met before and those of --without are left out. TEST.tsv: lines `gold<TAB>sentence<TAB>sentence` as in SemEval's tasks of textual similarity; lines without
-gold are left out.
+those met before and those of --without are left out. TEST.tsv: lines `gold<TAB>sentence<TAB>sentence` as in SemEval's tasks of textual similarity; lines
+without gold are left out.
 """
 
 from __future__ import annotations
