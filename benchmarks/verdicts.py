@@ -140,7 +140,10 @@ def drift_rates(rise: float, percentile: float, trials: int, seed: int = 0) -> d
             over = np.mean([1 - normal.cdf(x) for x in (centre - middle) / SPREAD])
             low, high = (centre, high) if over > 1 - percentile / 100 else (low, centre)
         question = Question(Limit("x", percentile, float(np.exp((low + high) / 2))), CONFIDENCE)
-        outcomes += [question._test(drifting(rise)(rng, count, percentile).tolist(), 1).outcome for _ in range(trials)]
+        for _ in range(trials):
+            values = drifting(rise)(rng, count, percentile).tolist()
+            told = (question.test(values, 1, FAIL).outcome, question.test(values, 1, PASS).outcome)
+            outcomes.append(next((one for one in told if one != INCONCLUSIVE), INCONCLUSIVE))
     return {"trials": len(outcomes), "pass": outcomes.count(PASS) / len(outcomes), "fail": outcomes.count(FAIL) / len(outcomes)}
 
 

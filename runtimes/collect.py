@@ -108,27 +108,32 @@ class Question:
         if self.result is not None:
             return
         if len(values) >= self._next_fail or last:
-            test = self._test(values, self._fail_look)
+            test = self.test(values, self._fail_look, FAIL)
             self._fail_look, self._next_fail = self._fail_look + 1, 2 * self._next_fail
             self.result = test if test.outcome == FAIL else None
         if self.result is None and (len(values) >= self._next_pass or last):
-            test = self._test(values, self.looks + 1)
+            test = self.test(values, self.looks + 1, PASS)
             self.looks, self._next_pass = self.looks + 1, 2 * self._next_pass
-            self.result = test if test.outcome == PASS else replace(test, outcome=INCONCLUSIVE) if last else None
+            self.result = test if test.outcome == PASS or last else None
 
     def beside(self, crowded: str, values: Sequence[float]) -> PercentileTest:
         """The result by rule 4, once all looks are taken."""
         assert self.result is not None  # `look` with last=True leaves one
         if not crowded or self.result.outcome != FAIL:
             return self.result
-        quicker = self._test([value / CROWDED for value in values], self._fail_look)
+        quicker = self.test([value / CROWDED for value in values], self._fail_look, FAIL)
         return self.result if quicker.outcome == FAIL else replace(self.result, outcome=INCONCLUSIVE)
 
-    def _test(self, values: Sequence[float], look: int) -> PercentileTest:
+    def test(self, values: Sequence[float], look: int, wanted: str) -> PercentileTest:
+        """`wanted` (PASS or FAIL) or INCONCLUSIVE, at the confidence of a look."""
         limit, percentile = self.limit.limit, self.limit.percentile
         # Latencies under half of the limit are alike here, and those over twice of it: how they vary says nothing about crossing it.
-        effect = design_effect(np.clip(np.asarray(values, np.float64), limit / 2, limit * 2), percentile)
-        return percentile_test(values, limit, percentile, look_confidence(look, self._confidence), effect)
+        values_near = np.clip(np.asarray(values, np.float64), limit / 2, limit * 2)
+        effect = design_effect(values_near, percentile)
+        if wanted == FAIL:  # may be told after few samples, and few do not show how the tail depends
+            effect = max(effect, design_effect(values_near))
+        test = percentile_test(values, limit, percentile, look_confidence(look, self._confidence), effect)
+        return test if test.outcome == wanted else replace(test, outcome=INCONCLUSIVE)
 
 
 def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, report: Report | None = None) -> Samples:

@@ -154,6 +154,17 @@ def test_dependent_samples_are_worth_fewer() -> None:
     assert metrics.design_effect(np.arange(100)) > 20  # a trend
 
 
+def test_only_what_is_near_the_percentile_counts_for_its_dependence() -> None:
+    rng = np.random.default_rng(3)
+    slow = rng.random(2000) < 0.1
+    wandering = 1.0 + 0.1 * np.sin(np.arange(2000) / 60)  # how quick the quick ones are
+    values = np.where(slow, 2.0 + rng.random(2000), wandering)
+    assert metrics.design_effect(values) > 20 and metrics.design_effect(values, 50) > 20
+    assert metrics.design_effect(values, 98) < 1.5
+    episodes = np.where(np.repeat(rng.random(100) < 0.1, 20), 2.0, 1.0) + 1e-3 * rng.random(2000)
+    assert metrics.design_effect(episodes, 95) > 10  # slow ones that come twenty at a time
+
+
 def test_an_effect_takes_samples_away() -> None:
     values = [1.0] * 200
     assert percentile_test(values, 1.5, 95).outcome == PASS
