@@ -25,7 +25,7 @@ from targets.spin import Spin
 
 FIRST_FAIL_LOOK = 24
 FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
-DEPENDENCE_ROOM = 1.25  # times the fewest samples that can pass: even independent ones look a little dependent, and the next look is at twice as many
+LEAST_EFFECT = 1.5  # what a PASS takes samples to depend at the least: slow ones that come in twos and threes, and have not come yet, show in no estimate
 CALIBRATIONS = 9
 CROWDED = 8.0  # two threads that share two processors with three others and wait for each other lose less
 BUSY_FACTOR = 3  # times the caps, dropped windows included
@@ -94,7 +94,7 @@ class Question:
         self.looks = 0
         self._fail_look = 1
         fewest = min_samples(limit.percentile, 0, look_confidence(1, confidence))
-        self._next_pass = max(FIRST_PASS_LOOK, math.ceil(DEPENDENCE_ROOM * fewest))
+        self._next_pass = max(FIRST_PASS_LOOK, math.ceil(LEAST_EFFECT * fewest))
         self._next_fail = FIRST_FAIL_LOOK
         self.result: PercentileTest | None = None
 
@@ -130,8 +130,8 @@ class Question:
         # Latencies under half of the limit are alike here, and those over twice of it: how they vary says nothing about crossing it.
         values_near = np.clip(np.asarray(values, np.float64), limit / 2, limit * 2)
         effect = design_effect(values_near, percentile)
-        if wanted == FAIL:  # may be told after few samples, and few do not show how the tail depends
-            effect = max(effect, design_effect(values_near))
+        # A FAIL may be told after few samples, and few do not show how the tail depends: all ranks count.
+        effect = max(effect, LEAST_EFFECT if wanted == PASS else design_effect(values_near))
         test = percentile_test(values, limit, percentile, look_confidence(look, self._confidence), effect)
         return test if test.outcome == wanted else replace(test, outcome=INCONCLUSIVE)
 

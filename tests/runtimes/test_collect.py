@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from runtimes.collect import DEPENDENCE_ROOM, FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
+from runtimes.collect import LEAST_EFFECT, FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
 from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
 from targets.errors import TrimtabError
 from targets.spin import Company, Spin, SpinReading
 
-P95_FIRST_LOOK = math.ceil(DEPENDENCE_ROOM * min_samples(95, 0, look_confidence(1)))
+P95_FIRST_LOOK = math.ceil(LEAST_EFFECT * min_samples(95, 0, look_confidence(1)))
 
 
 class Script(Spin):
