@@ -269,7 +269,7 @@ def main() -> int:
         plotted(known["simulated"]["power"], PLOT)
         return 0
     if given.real and given.disturbed:
-        found = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, given.spin_ms)}
+        found: dict[str, Any] = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, given.spin_ms)}
     elif given.real:
         if given.processes:
             collected(given.real, given.processes, given.kept)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from runtimes.collect import LEAST_EFFECT, FIRST_FAIL_LOOK, FIRST_PASS_LOOK, Budget, Limit, Samples, collect, warm_up
+from runtimes.collect import FIRST_FAIL_LOOK, FIRST_PASS_LOOK, LEAST_EFFECT, Budget, Limit, Samples, collect, warm_up
 from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
 from targets.errors import TrimtabError
 from targets.spin import Company, Spin, SpinReading
