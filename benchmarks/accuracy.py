@@ -10,7 +10,7 @@ second half of FILE, of which only the first half is scored then. Without --mode
 
 Every system's row is written to OUT.json (rows {system, metric, value, unit, low, high}) when it is measured, and systems that stand there already
 are not measured again (delete the file to start anew). Then OUT.png (size against KL), for each size the best of ours and of the peers of at most
-that size, and `auto` against uniform schemes of its size, window by window.
+that size, and ours of about the same size against each other, window by window.
 """
 
 from __future__ import annotations
@@ -279,17 +279,20 @@ def table(rows: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> str:
 
 
 def paired(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`auto` against uniform schemes that are as large, but for 1 %: mean difference of the windows' KL (below 0: `auto` loses less), and in how many."""
-    lines = []
+    """Tuned against `auto`, and both against uniform schemes, each of at least its size and at most 1 % more: mean difference of the windows' KL (below 0: the
+    first loses less), and in how many it does."""
+    kinds = ("uniform", "auto", "tuned")
     own = [row for row in rows if row["system"].startswith("trimtab ") and "kl_by_window" in row]
-    for auto_row in (row for row in own if "auto" in row["system"]):
-        for row in own:
-            if "auto" in row["system"] or not auto_row["file_mb"] <= row["file_mb"] <= 1.01 * auto_row["file_mb"]:
+    rank = {row["system"]: next(place for place, kind in reversed(list(enumerate(kinds))) if kind in row["system"] or not place) for row in own}
+    lines = []
+    for first in own:
+        for other in own:
+            if rank[other["system"]] >= rank[first["system"]] or not first["file_mb"] <= other["file_mb"] <= 1.01 * first["file_mb"]:
                 continue
-            difference = np.array(auto_row["kl_by_window"]) - np.array(row["kl_by_window"])
+            difference = np.array(first["kl_by_window"]) - np.array(other["kl_by_window"])
             low, high = cluster_interval(difference, np.arange(len(difference)))
             won = f"lower in {np.mean(difference < 0):.0%} of {len(difference)} windows"
-            lines.append(f"{difference.mean():+.5f} [{low:+.5f}, {high:+.5f}]  {won}  {auto_row['system']} against {row['system']}")
+            lines.append(f"{difference.mean():+.5f} [{low:+.5f}, {high:+.5f}]  {won}  {first['system']} against {other['system']}")
     return "\n".join(lines)
 
 
