@@ -32,6 +32,7 @@ from compiler.store import cache_key, writing
 
 Report = Callable[[str, int, int], None]
 HEAD = "lm_head"
+BY_TOKEN = 0.02  # of a tied head's H: on SmolLM2, 0 loses 1 % more KL, 1 loses 4 to 6 %
 
 
 def scheme_of(view: TensorView, schemes: Schemes, config: Mapping[str, Any]) -> Scheme | None:
@@ -165,10 +166,11 @@ class MatrixQuantizer:
         report("blocks quantized", stream.block_count + 1, stream.block_count + 1)
 
     def shared(self, moment: np.ndarray) -> np.ndarray:
-        """The head's H; a tied one is read by token too, where every column counts alike: both, at equal mean."""
+        """The head's H; a tied one is read by token too, where every column counts alike: a little of that is added."""
         if not self.checkpoint.config.get("tie_word_embeddings"):
             return moment
-        return moment / np.float32(max(moment.diagonal().mean(), np.finfo(np.float32).tiny)) + np.eye(len(moment), dtype=np.float32)
+        scaled = moment / np.float32(max(moment.diagonal().mean(), np.finfo(np.float32).tiny))
+        return scaled + np.float32(BY_TOKEN) * np.eye(len(moment), dtype=np.float32)
 
     def rounded_rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the embedding as they will about be read: rounded to nearest in their scheme."""

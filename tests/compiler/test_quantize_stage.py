@@ -16,7 +16,7 @@ from compiler.quantizers.moments import output_error
 from compiler.quantizers.pack import unpack
 from compiler.quantizers.windows import calibration_set, token_windows, unscored_rows
 from compiler.scheme import Schemes, parse_scheme
-from compiler.stages.quantize import codes_in, matrices, method_of, quantize_matrices, resolve_method
+from compiler.stages.quantize import BY_TOKEN, MatrixQuantizer, codes_in, matrices, method_of, quantize_matrices, resolve_method
 
 RECIPE = """
 name: tiny
@@ -111,6 +111,14 @@ def test_the_recipe_s_own_rows_calibrate(tiny_llama, trimtab, tmp_path):
     recipe.write_text(text)
     code, _, err = trimtab("plan", recipe)
     assert code == 2 and "evaluate.data to calibrate on" in err
+
+
+def test_a_tied_head_is_judged_as_head_and_a_little_by_token(tiny_llama, tmp_path):
+    checkpoint, schemes = open_checkpoint(str(tiny_llama)), Schemes(parse_scheme("int4-g32"))
+    moment = np.diag([8.0, 0.0, 4.0, 0.0]).astype(np.float32)
+    tied, untied = (replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": one}) for one in (True, False))
+    assert np.allclose(MatrixQuantizer(tied, schemes, {}, tmp_path).shared(moment), np.diag([8 / 3 + BY_TOKEN, BY_TOKEN, 4 / 3 + BY_TOKEN, BY_TOKEN]))
+    assert np.array_equal(MatrixQuantizer(untied, schemes, {}, tmp_path).shared(moment), moment)
 
 
 def test_rtn_is_no_step(tiny_llama):
