@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
+from targets.profile import load_profile
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
@@ -168,13 +169,13 @@ def simulate(trials: int) -> dict[str, Any]:
     return {"errors": errors, "power": power}
 
 
-def collected(bundle: Path, processes: int, kept: Path) -> None:
+def collected(bundle: Path, processes: int, kept: Path, known_ms: float) -> None:
     """One piece: fresh processes, SECONDS each, without limits. Appends their series to `kept`."""
     from runtimes.bench import BenchOptions, measure_in_child
 
     rows = json.loads(kept.read_text()) if kept.exists() else []
     for _ in range(processes):
-        result = measure_in_child(bundle, BenchOptions(least=10_000, most=10_000, seconds=SECONDS, **SHORT))
+        result = measure_in_child(bundle, BenchOptions(least=10_000, most=10_000, seconds=SECONDS, spin_ms=known_ms, **SHORT))
         rows.append({"kind": result.kind, "values": list(result.series[SERIES[result.kind]]), "dropped": result.dropped, "spin_ms": result.spin_ms})
         kept.write_text(json.dumps(rows))
 
@@ -261,18 +262,19 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=20, help="of this piece")
     parser.add_argument("--kept", type=Path, default=Path("verdicts-series.json"), help="where pieces add their series")
     parser.add_argument("--disturbed", type=int, default=0, metavar="REPEATS", help="with --real: neighbours beside, this many times each")
-    parser.add_argument("--spin-ms", type=float, default=0.0, help="what the reference kernel takes when this machine is quiet, as a probe tells it")
+    parser.add_argument("--spin-ms", type=float, help="reference kernel of a quiet machine; from `targets probe` if not given")
     parser.add_argument("--plot", action="store_true", help=f"draw {PLOT.name} from the results")
     given = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if given.plot:
         plotted(known["simulated"]["power"], PLOT)
         return 0
+    known_ms = load_profile("here").spin_ms or 0.0 if given.spin_ms is None else given.spin_ms
     if given.real and given.disturbed:
-        found: dict[str, Any] = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, given.spin_ms)}
+        found: dict[str, Any] = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, known_ms)}
     elif given.real:
         if given.processes:
-            collected(given.real, given.processes, given.kept)
+            collected(given.real, given.processes, given.kept, known_ms)
         found = {"real": decided(given.kept)}
     else:
         found = {"simulated": simulate(given.trials)}

@@ -121,6 +121,10 @@ class ChainPasses:
             found.append(KernelTime(layer.op, layer.bits, layer.block, layer.k, layer.n, point.m, self.threads, us, layer.symmetric, point.context, count))
         return found
 
+    def spins(self) -> list[float]:
+        """Every reading of the reference kernel, of all passes."""
+        return [reading for samples in self.samples.values() for reading in samples.spins]
+
     def step(self) -> tuple[float, Timing] | None:
         """Microseconds of a step's other work; None when no chain was run."""
         if not self.steps.seconds:

@@ -129,6 +129,7 @@ def test_passes_leave_a_row_for_each_point(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     step = chains.step()
     assert all(row.us > 0 for row in rows) and step is not None and step[0] > 0 and all(len(kept.seconds) >= PASSES for kept in chains.samples.values())
+    assert len(chains.spins()) == sum(len(kept.seconds) for kept in chains.samples.values())
 
 
 def test_chains_take_no_more_of_the_memory_than_their_share(monkeypatch: pytest.MonkeyPatch) -> None:

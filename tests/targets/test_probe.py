@@ -160,3 +160,11 @@ def test_spin_knows_a_disturbed_machine_from_a_quiet_one() -> None:
         calls: list[int] = []
         spin.calibrate(lambda: calls.append(1), count=3)
         assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("known", "baseline"), [(0.0, 1.1), (0.9, 0.9), (1.05, 1.05), (2.0, 1.1), (0.5, 1.1)])
+def test_a_slow_minute_does_not_become_the_baseline(known: float, baseline: float) -> None:
+    readings = iter([1.0, 1.1, 1.2, 1.3, 1.4])
+    with Spin(1, tolerance=1.2, known_ms=known) as spin:
+        spin.time_ms = lambda: next(readings)  # type: ignore[method-assign]
+        assert spin.calibrate(count=5) == pytest.approx(baseline)  # 0.5: this machine no longer comes near it
