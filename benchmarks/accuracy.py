@@ -9,8 +9,8 @@ importance matrix from the same calibration text, and run in environments made b
 second half of FILE, of which only the first half is scored then. Without --model: SmolLM2-135M moved off its 4-bit lattice (benchmarks/reference.py).
 
 Every system's row is written to OUT.json (rows {system, metric, value, unit, low, high}) when it is measured, and systems that stand there already
-are not measured again (delete the file to start anew). Then OUT.png (size against KL), for each size the best of ours and of the peers of at most
-that size, and ours of about the same size against each other, window by window.
+are not measured again (delete the file to start anew; two processes may fill one file, each with systems of its own). Then OUT.png (size against KL),
+for each size the best of ours and of the peers of at most that size, and ours of about the same size against each other, window by window.
 """
 
 from __future__ import annotations
@@ -148,10 +148,11 @@ class Bench:
     rows: list[dict[str, Any]]
 
     def add(self, system: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a system unless its row is there, and write the rows."""
+        """Measure a system unless its row is there, and write the rows: with those that another process has written to OUT.json meanwhile."""
         if any(row["system"] == system for row in self.rows):
             return
-        self.rows.append(measure() | {"system": system})
+        made = measure() | {"system": system}
+        self.rows[:] = [*stored_rows(self.out.with_suffix(".json")), made]
         print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
         units = {"file_mb": "MB", "kl_mean": "nats", "top1_agreement": "share", "kl_by_window": "nats"}
         flat = []
