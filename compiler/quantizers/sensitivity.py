@@ -50,6 +50,7 @@ MATRICES = 4  # of a block
 LEAD = 4  # the first of so many parts of a window is context only
 CHUNK = 128  # positions whose logits are held at a time
 ROWS = 1024
+AT_A_TIME = 8192  # rows of a head, for memory: no method looks from one row to another
 GROUPED, FEW = 8, 128
 
 
@@ -101,8 +102,11 @@ class Question:
 
     def quantized(self, weight: np.ndarray, moment: np.ndarray, scheme: Scheme | None = None) -> np.ndarray:
         """The weights that the method's codes at the probed choice, or at another, stand for, float32 [rows, width]."""
-        method, scheme = METHODS[self.method], scheme or self.probed
-        return affine.dequantize(unpack(method.quantize(weight, scheme, moment if method.calibrated else None), scheme, weight.shape[1]))
+        method, scheme, made = METHODS[self.method], scheme or self.probed, np.empty_like(weight)
+        for start in range(0, len(weight), AT_A_TIME):
+            rows = slice(start, start + AT_A_TIME)
+            made[rows] = affine.dequantize(unpack(method.quantize(weight[rows], scheme, moment if method.calibrated else None), scheme, weight.shape[1]))
+        return made
 
     def kinds(self) -> dict[tuple[int, bool], Scheme]:
         """(group size, symmetric) -> the first choice of that kind."""
