@@ -155,6 +155,16 @@ def test_a_methods_gain_is_measured_on_windows_it_has_not_seen(tiny_llama) -> No
     assert any(max(ratios) != 1 for ratios in of_groups.values())
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_head_some_rows_at_a_time_is_the_head(method, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    weight, inputs = rng.standard_normal((70, 64), np.float32), rng.standard_normal((200, 64), np.float32)
+    question = Question(CHOICES, auto.PROBED, method)
+    whole = question.quantized(weight, inputs.T @ inputs)
+    monkeypatch.setattr("compiler.quantizers.sensitivity.AT_A_TIME", 32)
+    assert np.allclose(whole, question.quantized(weight, inputs.T @ inputs), rtol=1e-5) and not np.array_equal(whole, weight)
+
+
 def test_an_untied_table_is_chosen_for_too(tmp_path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
