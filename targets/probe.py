@@ -1,8 +1,8 @@
 """Measure this machine: memory bandwidth, arithmetic, storage, and the table of onnxruntime's own kernels.
 
 What is measured is what will run: the kernels are onnxruntime's, in small models (`targets.kernels`), with as many threads as a bundle would use.
-Every figure is the lower quartile of repeats: the question is what the machine can do, and company only ever adds time. Their number and spread stand
-beside it, so that a noisy machine shows.
+Every figure is the lower quartile of repeats (`spin_ms` their lowest tenth): the question is what the machine can do, and company only ever adds time. Their
+number and spread stand beside it, so that a noisy machine shows.
 
 The budget bounds the whole. Measurements stand in the order of their worth; what does not fit is left out, and the profile's description says so. Chains of
 whole layers take CHAIN_SHARE of it, in passes before, amid and after the table (`targets.passes`).
