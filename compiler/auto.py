@@ -101,6 +101,24 @@ def measured_sensitivity(merged: Checkpoint, step: Step, rows: Any, store: Store
     return found
 
 
+def times_kernels(profile: Profile) -> bool:
+    """Whether the profile can tell the time of the kernels that are chosen among."""
+    return any(row.op == "MatMulNBits" for row in profile.kernels)
+
+
+def require_kernels(profile: Profile, limits: Mapping[str, float]) -> None:
+    """Raises TargetError for a latency limit on a profile without a kernel table."""
+    for name in limits:
+        match = PERCENTILE.fullmatch(name)
+        if match and match["series"] != "encode" and not times_kernels(profile):
+            raise TargetError(
+                f"profile {profile.id}: kernels",
+                expected=f"a kernel table, to choose by {name}",
+                found="none",
+                remedy="run `trimtab targets probe` on the target once (`here` then knows it), or limit size_mb or kl_mean",
+            )
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What came of a choice. expected: the limited quantities, kl_mean and size_mb, as estimated; curve: the size / KL / TPOT frontier, for the report."""
@@ -155,8 +173,7 @@ class Chooser:
 
     @cached_property
     def timed(self) -> bool:
-        """Whether the profile can tell the time of these kernels."""
-        return any(row.op == "MatMulNBits" for row in self.profile.kernels)
+        return times_kernels(self.profile)
 
     @cached_property
     def base(self) -> dict[str, float]:
@@ -199,18 +216,12 @@ class Chooser:
         return token, token if use.name == "lm_head" else self.clock.matrix_us(self.work, case, Point(tokens)) / 1e3
 
     def inside(self) -> dict[str, float]:
-        """Rule 2: limits on the sum over items. Raises TargetError for a latency limit on a profile without a kernel table."""
+        """Rule 2: limits on the sum over items. Raises TargetError as `require_kernels` does."""
+        require_kernels(self.profile, self.limits)
         found: dict[str, float] = {}
         for name, limit in self.limits.items():
             match = PERCENTILE.fullmatch(name)
             series = match["series"] if match else name
-            if match and match["series"] != "encode" and not self.timed:
-                raise TargetError(
-                    f"profile {self.profile.id}: kernels",
-                    expected=f"a kernel table, to choose by {name}",
-                    found="none",
-                    remedy="run `trimtab targets probe` on the target once (`here` then knows it), or limit size_mb or kl_mean",
-                )
             if series in self.costs:
                 aimed = limit * self.moved.get(name, 1.0) / (HEADROOM if match else 1.0)
                 found[series] = min(found.get(series, np.inf), aimed - self.base[series])

@@ -73,6 +73,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
     profile, chosen = _profile(recipe, target), None
     if recipe.quantize.auto:
         step = _sensitivity_step(recipe, sources)
+        auto.require_kernels(profile, target.limits)
         measured = auto.stored_sensitivity(step, store)
         if measured is None:
             unknown = {"unknown": "auto chooses once the sensitivities are measured, which compiling does"}
@@ -117,20 +118,23 @@ def compile_recipe(recipe: Recipe, store: Store, out: Path, progress: Progress, 
     targets = [(item, _profile(recipe, item)) for item in recipe.targets if not only or item.profile in only]
     with progress.stage("merge", str(mixture_of(recipe))):
         sources, suite = prepare.planned(recipe), recipe_suite(recipe)
-    _require_buildable(recipe, sources, suite, [item for item, _ in targets], store)
+    _require_buildable(recipe, sources, suite, targets, store)
     package.require_writable(out)
     run = Run(recipe, prepare.made(recipe, sources, store, progress), suite, store, progress, max_seconds)
     return [(run.settle if recipe.quantize.auto else run.target)(item, profile, out) for item, profile in targets]
 
 
-def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: Sequence[TargetItem], store: Store) -> None:
+def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: Sequence[tuple[TargetItem, Profile]], store: Store) -> None:
     """What cannot be built is told before anything is made; memory only where work is left that takes it."""
     trains = sources.distil is not None and store.get(sources.distil.key) is None
     if recipe.quantize.auto:
-        if store.get(_sensitivity_step(recipe, sources).key) is None:
+        step = _sensitivity_step(recipe, sources)
+        for item, profile in targets:
+            auto.require_kernels(profile, item.limits)
+        if store.get(step.key) is None:
             memory.check(sources, 0, trains)
         return
-    plans = [_plan(recipe, sources, suite, item) for item in targets]
+    plans = [_plan(recipe, sources, suite, item) for item, _ in targets]
     if any(store.get(plan.step("evaluate").key) is None for plan in plans):
         decoder = plans[0].step("export").params["road"] == export_stage.DECODER
         stored = _weight_bytes(recipe, sources, codes.schemes_of(recipe, sources.merged), decoder)

@@ -21,7 +21,7 @@ from compiler.distil.ask import Distil
 from compiler.economics import Alternative, Cost
 from compiler.errors import RecipeError
 from compiler.evaluation.noise import NOISES
-from compiler.limits import CONTROL, CUSTOM, EVERY_NOISE, bare, needed_data, quantity
+from compiler.limits import CONTROL, COST_UNITS, CUSTOM, EVERY_NOISE, bare, needed_data, quantity
 from compiler.scenarios import Batch, ColdStart, Part, Scenarios, Server
 from compiler.scheme import Scheme, Schemes, parse_scheme
 from compiler.text import default_name, nearest, read_yaml
@@ -211,11 +211,10 @@ class TargetItem(Part):
     @classmethod
     def known_and_finite(cls, limits: Mapping[str, float]) -> Mapping[str, float]:
         for name, value in limits.items():
-            quantity(name, f"targets.limits.{name}")
-            if not math.isfinite(value):
-                raise RecipeError(
-                    f"targets.limits.{name}", expected="a finite number", found=str(value), remedy="write the limit as a plain number", code="RECIPE_VALUE"
-                )
+            place, positive = f"targets.limits.{name}", quantity(name, f"targets.limits.{name}").unit in COST_UNITS
+            if not math.isfinite(value) or (positive and value <= 0):
+                expected = "a finite number above 0" if positive else "a finite number"
+                raise RecipeError(place, expected=expected, found=str(value), remedy="write the limit as a plain number", code="RECIPE_VALUE")
         return limits
 
 

@@ -54,8 +54,13 @@ class TensorView:
         return int(np.prod(self.shape, dtype=np.int64))
 
     def read(self) -> np.ndarray:
-        """The whole tensor, float32 [*shape]."""
-        return self.rows(0, self.row_count).reshape(self.shape)
+        """The whole tensor, float32 [*shape]: a large one block by block, so that what widening and merging take is a block's."""
+        if 4 * self.size <= ROW_BLOCK_BYTES:
+            return self.rows(0, self.row_count).reshape(self.shape)
+        whole = np.empty(self.shape, np.float32)
+        for start, block in self.blocks(ROW_BLOCK_BYTES):
+            whole[start : start + len(block)] = block
+        return whole
 
     def blocks(self, limit_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 block) from top to bottom, each at most `limit_bytes` or one row."""

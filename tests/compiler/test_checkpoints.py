@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -87,6 +88,9 @@ def test_row_blocks_make_the_whole(tmp_path: Path, rows: int, tail: list[int], l
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), view.read())
     assert [first for first, _ in blocks] == list(np.cumsum([0, *(len(block) for _, block in blocks[:-1])]))
     assert b"".join(view.raw(first, first + len(block)) for first, block in blocks) == stored.tobytes()
+    with patch("compiler.checkpoints.view.ROW_BLOCK_BYTES", limit):
+        whole = view.read()
+    np.testing.assert_array_equal(whole, view.read())
 
 
 def test_shards_read_as_one(tmp_path: Path) -> None:

@@ -253,6 +253,13 @@ def test_a_pattern_that_fixes_nothing_under_auto_is_told_before_anything_is_meas
         assert code == 2 and "quantize.layers.nothing.*: expected a pattern that matches a matrix" in stderr and "blocks measured" not in stdout + stderr
 
 
+def test_auto_by_latency_on_an_unprobed_machine_is_refused_before_anything_is_measured(trimtab, recipe, tmp_path):
+    path = recipe({"tpot_p50_ms": 5}, scheme="auto")
+    for command in ("plan", "compile"):
+        code, stdout, stderr = trimtab(command, path)
+        assert code == 1 and "a kernel table, to choose by tpot_p50_ms" in stderr and "blocks measured" not in stdout + stderr
+
+
 def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},

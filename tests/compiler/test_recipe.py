@@ -66,6 +66,7 @@ BAD = {
     "unknown limit": (GOOD.replace("size_mb", "sise_mb"), r"limits.sise_mb: .*did you mean 'size_mb'\?"),
     "NaN limit": (GOOD.replace("105", ".nan"), r"targets.0.limits.size_mb: expected a finite number"),
     "infinite limit": (GOOD.replace("105", ".inf"), r"targets.0.limits.size_mb: expected a finite number"),
+    "negative limit": (GOOD.replace("105", "-1"), r"targets.limits.size_mb: expected a finite number above 0, found -1"),
     "text limit": (GOOD.replace("105", "small"), r"targets.0.limits.size_mb: expected a valid number"),
     "unknown scheme": (GOOD.replace("int4-g32-asym", "int9-g32"), r"quantize.scheme: expected intB-gN"),
     "unknown layer scheme": (GOOD.replace("int8-g32", "int9"), r"quantize.layers.lm_head"),
