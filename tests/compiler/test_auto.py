@@ -285,6 +285,9 @@ def test_a_limit_that_did_not_bind_is_moved_from_what_was_expected() -> None:
 
 
 def test_a_latency_on_its_limit_is_aimed_lower() -> None:
+    failed = {"name": "tpot_p95_ms", "measured": 13.0, "high": 13.2, "limit": 12.0, "outcome": "FAIL"}
+    (moved,) = auto.moved_limits([failed], {}, {"tpot_ms": 5.2}).values()
+    assert 12.0 * moved / auto.HEADROOM == pytest.approx(5.2 * 12 / (13.0 * 1.05) * 0.998)
     row = {"name": "tpot_p95_ms", "measured": 12.2, "high": float("inf"), "limit": 12.0, "outcome": "INCONCLUSIVE"}
     (moved,) = auto.moved_limits([row], {}, {"tpot_ms": 5.2}).values()
     assert 12.0 * moved / auto.HEADROOM == pytest.approx(5.2 * 12 / (12.2 * 1.05) * 0.998)
