@@ -157,7 +157,7 @@ MATRICES = ("MatMulNBits", "MatMul", "FusedMatMul", "DynamicQuantizeMatMul")
 ATTENTION = ("GroupQueryAttention", "MultiHeadAttention")
 
 SHAPES = ((512, 512), (2048, 512), (512, 4096), (2048, 4096))  # (K, N): corners; `targets.table` says how what lies between and beyond is read
-BLOCKS = ((4, 64), (4, 32), (8, 64), (8, 32), (4, 128), (8, 128))
+BLOCKS = ((4, 64), (4, 32), (8, 64), (8, 32), (4, 128), (8, 128), (8, 16))
 TOKENS = (Point(1), Point(32), Point(512))
 HEADS = ((576, 192, 64), (2048, 512, 64))  # query width, key and value width, head size
 CONTEXTS = (Point(1, 64), Point(1, 512), Point(1, 2048), Point(32), Point(32, 1024), Point(128), Point(256), Point(256, 1024))
