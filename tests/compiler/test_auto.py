@@ -17,7 +17,7 @@ from compiler.reference import reference_model
 from compiler.scheme import matrix_name, parse_scheme
 from compiler.workload import MatrixUse
 from targets.errors import TargetError, TrimtabError
-from targets.kernels import TOKENS
+from targets.kernels import TOKENS, cases
 from targets.profile import KernelTime, here
 
 CHOICES = auto.CHOICES
@@ -226,6 +226,13 @@ def test_fixed_layers_stay_as_written(measured) -> None:
     checkpoint, _, found = measured
     chosen = auto.Chooser(checkpoint, found, here(), {}, {"lm_head": parse_scheme("int8-g32")}).choose()
     assert str(chosen.schemes.of("lm_head")) == "int8-g32" and "lm_head" not in {row["name"] for row in chosen.rows}
+
+
+def test_the_probe_measures_the_kernel_of_every_choice() -> None:
+    measured = {(case.op, case.bits, case.block, case.symmetric) for case, _ in cases()}
+    for choice in auto.CHOICES:
+        case = MatrixUse("x", (4096, 512), choice).case()
+        assert (case.op, case.bits, case.block, case.symmetric) in measured, choice
 
 
 def test_latency_needs_a_kernel_table(measured) -> None:
