@@ -180,7 +180,11 @@ class Run:
             with self.progress.stage("choose", f"{chosen.counts()}; expected {expected}"):
                 pass
             sources = prepare.smoothed(self.recipe, prepare.to_smooth(self.recipe, measured, chosen.schemes), self.store, self.progress)
-            return replace(self, chosen=chosen, sources=sources).target(item, profile, out)
+            outcome = replace(self, chosen=chosen, sources=sources).target(item, profile, out)
+            for check in outcome.document["verdict"]["checks"]:
+                if check["name"] in item.limits:
+                    self.progress.note(f"verdict    {check['name']} {check['measured']:.4g}, limit {check['limit']:.4g}: {check['outcome']}")
+            return outcome
 
         return auto.settle(chooser, build)
 
