@@ -5,7 +5,7 @@ Every figure is the lower quartile of repeats (`spin_ms` their lowest tenth): th
 number and spread stand beside it, so that a noisy machine shows.
 
 The budget bounds the whole. Measurements stand in the order of their worth; what does not fit is left out, and the profile's description says so. Chains of
-whole layers take CHAIN_SHARE of it, in passes before, amid and after the table (`targets.passes`).
+whole layers take CHAIN_SHARE of it, in passes before, amid and after the table (`targets.passes`, `targets.sweep`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,20 +24,19 @@ import numpy as np
 
 from targets.errors import TargetError
 from targets.gpu import has_gpu, probe_gpu
-from targets.kernels import Case, CaseRun, Point, case_model, cases, copies, open_case, open_model
-from targets.passes import CHAINS, PASSES, ChainPasses, Timing
-from targets.profile import KernelTime, Profile, Provenance, here, with_measured
+from targets.kernels import Case, CaseRun, Point, case_model, cases, open_case, open_model
+from targets.passes import CHAINS, ChainPasses, Timing
+from targets.profile import Profile, Provenance, here, with_measured
 from targets.spin import Spin
+from targets.sweep import CHAIN_SHARE, QUIET, RUNS_LEAST, Sweep
 
 Report = Callable[[str, int, int], None]  # what comes next, done, of
 
 BANDWIDTH_BYTES = 256 << 20  # several times the largest cache of the machines we know
 STORAGE_BYTES = 64 << 20
 GEMM = (1024, 1024, 512)  # K, N, M of the two headline figures
-RUNS_LEAST = 3
 DEFAULT_SECONDS = 75.0
-CHAIN_SHARE, GPU_SHARE = 0.4, 0.1
-QUIET = 0.1  # of the readings of the reference kernel
+GPU_SHARE = 0.1
 
 
 Measure = Callable[[], tuple[float, Timing]]
@@ -71,7 +70,7 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
         measured[name] = (round(value, 4), _source(note, timing))
     with Spin(threads) as spin:
         chains = ChainPasses(threads, profile.memory_bytes, spin)
-        kernels = _table(rows, chains, started + seconds, lambda what, done: tell(what, done + len(headline), total))
+        kernels = Sweep(rows, chains, started + seconds, lambda what, done: tell(what, done + len(headline), total)).run()
         readings = chains.spins() or [spin.time_ms() for _ in range(RUNS_LEAST)]
     note = "reference kernel of targets.spin, the lowest tenth of readings over the whole probe"
     measured["spin_ms"] = (round(float(np.quantile(readings, QUIET)), 4), _source(note, Timing.of(readings)))
@@ -87,25 +86,6 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
     return replace(with_measured(profile, measured), description=f"measured here: {note}", kernels=tuple(kernels))
 
 
-def _table(rows: Sequence[tuple[Case, tuple[Point, ...]]], chains: ChainPasses, deadline: float, tell: Callable[[str, int], None]) -> list[KernelTime]:
-    """The kernel table until `deadline`, with the passes of the chains spread over it."""
-    kernels: list[KernelTime] = []
-    a_pass = CHAIN_SHARE * (deadline - time.perf_counter()) / PASSES
-    starts = {round(number * len(rows) / (PASSES - 1)): number for number in range(PASSES)}
-    for done in range(len(rows) + 1):
-        left = deadline - time.perf_counter()
-        if done in starts and left > 0:
-            tell(f"layers in a row, pass {starts[done] + 1} of {PASSES}", done)
-            chains.run(min(a_pass, left))
-            left = deadline - time.perf_counter()
-        to_come = a_pass * sum(start > done for start in starts)
-        if done < len(rows) and (left > to_come or not kernels):  # one at least, however late it is
-            case, points = rows[done]
-            tell(str(case), done)
-            kernels += time_case(case, points, chains.threads, max(0.0, left - to_come) / (len(rows) - done))
-    return kernels + chains.rows()
-
-
 def _headline(threads: int, share: float, folder: Path | None) -> list[tuple[str, str, Measure]]:
     """The figures beside the table: field, what was done, how."""
     return [
@@ -118,22 +98,6 @@ def _headline(threads: int, share: float, folder: Path | None) -> list[tuple[str
         ("run_us", "a run of one small operator", lambda: _small(1, threads, share)),
         ("parallel_us", f"a norm of {threads} short rows less a norm of one", lambda: _parallel(threads, share)),
     ]
-
-
-def time_case(case: Case, points: Sequence[Point], threads: int, seconds: float) -> list[KernelTime]:
-    """Rows of the table: a case at its points, in about `seconds` (at least three runs a point, and the time that sessions take to open)."""
-    found: list[KernelTime] = []
-    runs: dict[int, CaseRun] = {}
-    deadline = time.perf_counter() + seconds
-    for done, point in enumerate(points):
-        count = copies(case, point)
-        if count not in runs:
-            runs.clear()  # one session's weights in memory at a time
-            runs[count] = open_case(case, point, threads)
-        timing = repeat(runs[count].bind(point), (deadline - time.perf_counter()) / (len(points) - done))
-        us = round(timing.seconds * 1e6 / count, 2)
-        found.append(KernelTime(case.op, case.bits, case.block, case.k, case.n, point.m, threads, us, case.symmetric, point.context))
-    return found
 
 
 def _gemm(op: str, bits: int, threads: int, seconds: float) -> tuple[float, Timing]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 
 from targets.errors import TargetError
 from targets.kernels import COPIES_MOST, STREAM_BYTES, Case, Point, case_model, cases, copies, open_case, weight_bytes
-from targets.probe import probe, repeat, time_case
-from targets.profile import dump_profile, load_profile
+from targets.probe import probe, repeat
+from targets.profile import KernelTime, dump_profile, load_profile
 from targets.spin import Spin, apart
+from targets.sweep import Sweep, Timed, time_case
 from targets.wire import Graph, Node, Value, _number, model_bytes
 
 CASES = [
@@ -100,9 +102,49 @@ def test_the_nbits_model_is_the_kernel_it_names() -> None:
 
 
 def test_times_are_positive_and_stand_in_the_columns() -> None:
-    rows = time_case(CASES[5], (Point(1, 8), Point(4)), 1, 0.02)
+    with Spin(1) as spin:
+        timed = time_case(CASES[5], (Point(1, 8), Point(4)), spin, 0.02)
+    rows = timed.rows
+    assert timed.spin_ms > 0
     assert [(row.m, row.context, row.k, row.n, row.block) for row in rows] == [(1, 8, 64, 32, 16), (4, 0, 64, 32, 16)]
     assert all(row.us > 0 for row in rows)
+
+
+class QuietChains:
+    """Passes without chains, whose readings were quick."""
+
+    def __init__(self, spin: Spin) -> None:
+        self.spin, self.passes = spin, 0
+
+    def run(self, seconds: float) -> None:
+        self.passes += 1
+
+    def spins(self) -> list[float]:
+        return [1.0] * 20
+
+    def rows(self) -> list[KernelTime]:
+        return []
+
+
+def test_what_a_slow_stretch_fell_on_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second case is timed beside slow readings twice, then beside a quick one, which is kept; the third never is, and its least slow one is kept."""
+    told = {"Mul": iter([1.0]), "Split": iter([1.5, 1.6, 1.1]), "QuickGelu": iter([3.0, 2.0, 2.5, *[2.6] * 1000])}
+    times = count(10.0)
+
+    def fake(case: Case, points: object, spin: Spin, seconds: float) -> Timed:
+        time.sleep(0.001)
+        return Timed((KernelTime(case.op, 32, 0, case.k, 1, 1, 1, next(times)),), next(told[case.op]))
+
+    monkeypatch.setattr("targets.sweep.time_case", fake)
+    rows = [(Case(op, 32, 0, 64, 1), (Point(1),)) for op in told]
+    with Spin(1) as spin:
+        chains = QuietChains(spin)
+        seen: list[str] = []
+        found = Sweep(rows, chains, time.perf_counter() + 0.5, lambda what, done: seen.append(what)).run()  # type: ignore[arg-type]
+    assert [row.op for row in found] == list(told) and chains.passes == 3
+    assert not any(what.startswith("Mul") and "again" in what for what in seen) and sum("Split" in what for what in seen) == 3
+    # 10, 11, 12 at first; then the slowest: 13 (2.0 beside it, kept), 14 of Split; 15 of QuickGelu, 16 of Split (1.1 beside it, kept)
+    assert [row.us for row in found] == [10.0, 16.0, 13.0]
 
 
 def test_repeat_counts_and_orders() -> None:
