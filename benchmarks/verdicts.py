@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.bundle import open_bundle
 from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
 from targets.profile import load_profile
@@ -36,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
 SECONDS = 40.0
 SERIES = {"decoder": "tpot_ms", "encoder": "encode_ms"}
-SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 8, "length": 32}
+SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 16, "length": 32}
 MOST = 2000  # requests; BenchOptions.most is larger, for short ones
 SPREAD = 0.1  # of the logarithm of a latency, unless a process says otherwise
 Rng = np.random.Generator
@@ -204,8 +205,8 @@ def neighbour(on_s: float, off_s: float, until: float) -> None:
         time.sleep(off_s)
 
 
-def disturbed(bundle: Path, truth: float, repeats: int, known_ms: float) -> list[dict[str, Any]]:
-    """The same limits judged live, while neighbours come and go, or are there all the time: (on, off) in seconds, and how many."""
+def disturbed(bundle: Path, real: Mapping[str, Any], repeats: int, known_ms: float) -> list[dict[str, Any]]:
+    """Limits 10 % above and below the p90 of `real` judged live, while neighbours come and go, or are there all the time: (on, off) in seconds, and how many."""
     import multiprocessing
 
     from runtimes.bench import BenchOptions, measure_in_child
@@ -219,8 +220,8 @@ def disturbed(bundle: Path, truth: float, repeats: int, known_ms: float) -> list
                     other.start()
                 try:
                     options = BenchOptions(seconds=4.0, max_seconds=6.0, spin_ms=known_ms, **SHORT)
-                    name = SERIES["encoder"].replace("_ms", "_p90_ms")
-                    result = measure_in_child(bundle, replace(options, limits={name: truth * factor}))
+                    name = real["series"].replace("_ms", "_p90_ms")
+                    result = measure_in_child(bundle, replace(options, limits={name: real["p90"]["true_ms"] * factor}))
                 finally:
                     for other in others:
                         other.terminate()
@@ -271,11 +272,14 @@ def main() -> int:
         return 0
     known_ms = load_profile("here").spin_ms or 0.0 if given.spin_ms is None else given.spin_ms
     if given.real and given.disturbed:
-        found: dict[str, Any] = {"disturbed": disturbed(given.real, known["real"]["p90"]["true_ms"], given.disturbed, known_ms)}
+        series = SERIES[open_bundle(given.real).kind]
+        rows = disturbed(given.real, known["real"][series], given.disturbed, known_ms)
+        found: dict[str, Any] = {"disturbed": {**known.get("disturbed", {}), series: rows}}
     elif given.real:
         if given.processes:
             collected(given.real, given.processes, given.kept, known_ms)
-        found = {"real": decided(given.kept)}
+        told = decided(given.kept)
+        found = {"real": {**known.get("real", {}), told["series"]: told}}
     else:
         found = {"simulated": simulate(given.trials)}
     RESULTS.write_text(json.dumps({**known, **found}, indent=1) + "\n")
