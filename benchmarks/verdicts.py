@@ -206,7 +206,7 @@ def neighbour(on_s: float, off_s: float, until: float) -> None:
 
 
 def disturbed(bundle: Path, real: Mapping[str, Any], repeats: int, known_ms: float) -> list[dict[str, Any]]:
-    """Limits 10 % above and below the p90 of `real` judged live, while neighbours come and go, or are there all the time: (on, off) in seconds, and how many."""
+    """Limits 10 % above and below the p90 of `real` judged live, beside neighbours who come and go, or stay: (on, off) in seconds, and how many."""
     import multiprocessing
 
     from runtimes.bench import BenchOptions, measure_in_child
