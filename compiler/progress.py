@@ -10,8 +10,6 @@ from typing import TextIO
 
 import psutil
 
-from compiler.record import peak_rss_mb
-
 PLAIN_INTERVAL_S = 5.0
 
 
@@ -34,6 +32,8 @@ class Progress:
         self._loop_started, self._done = self._started, 0
         self._say(f"{name:10s} {detail}")
         yield
+        from compiler.record import peak_rss_mb  # it brings numpy, which --help must not wait for
+
         self._say(f"{name:10s} done in {time.monotonic() - self._started:.1f} s, at most {peak_rss_mb():.0f} MB held so far", last=True)
 
     def update(self, item: str, done: int, total: int) -> None:
