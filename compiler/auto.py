@@ -56,6 +56,7 @@ ROUNDS = 3
 HEADROOM = 1.1  # of a percentile over the usual request
 CLOSE = 1.25  # a latency that is not proven but this near to its limit is aimed at again
 PROVABLE = 1.1  # the factor by which a latency is then aimed lower: that far off, a hundred requests decide; half as far, several hundred (docs/power.svg)
+LEAST = 1.02  # times the least of all choices: where a tightened limit ends
 # beside weights and tokenizer: configs, self-test, norms; of each matrix nodes in model.onnx and alignment of its tensors; of each further plane the same
 GRAPH_MB, MATRIX_MB, PLANE_MB = 0.04, 0.0033, 0.0016
 CURVE = 12  # points of the size / KL curve in the report
@@ -223,8 +224,11 @@ class Chooser:
             match = PERCENTILE.fullmatch(name)
             series = match["series"] if match else name
             if series in self.costs:
-                aimed = limit * self.moved.get(name, 1.0) / (HEADROOM if match else 1.0)
-                found[series] = min(found.get(series, np.inf), aimed - self.base[series])
+                given = limit / (HEADROOM if match else 1.0)
+                aimed = given * self.moved.get(name, 1.0) - self.base[series]
+                if match and name in self.moved:  # beyond the table's least, which is an estimate too: about the least is tried before giving up
+                    aimed = max(aimed, min(given - self.base[series], LEAST * float(self.costs[series].min(axis=1).sum())))
+                found[series] = min(found.get(series, np.inf), aimed)
         return found
 
     def choose(self, curve: bool = False) -> Chosen:
@@ -274,10 +278,12 @@ def settle(chooser: Chooser, build: Callable[[Chosen], Built]) -> Built:
         moved = moved_limits(outcome.document["verdict"]["checks"], chooser.moved, chosen.expected)
         if moved is None:
             break
-        chooser = replace(chooser, moved=moved)
+        chooser, before = replace(chooser, moved=moved), chosen.schemes
         try:
             chosen = chooser.choose(curve=True)
         except RecipeError:  # nothing smaller or faster is left: the verdict that was reached stands
+            break
+        if chosen.schemes == before:
             break
         outcome = build(chosen)
     return outcome

@@ -272,6 +272,24 @@ def test_a_check_that_disagrees_is_repaired(measured) -> None:
     assert outcome.document["verdict"]["checks"][0]["outcome"] == "PASS" and 2 <= len(seen) <= auto.ROUNDS
 
 
+def test_a_latency_is_tightened_down_to_the_least_and_no_further(measured) -> None:
+    """What the table holds for the least is an estimate: under a limit tightened beyond it the fastest choices are tried, once, before giving up."""
+    checkpoint, _, found = measured
+    free = auto.Chooser(checkpoint, found, kernels(), {"tpot_p50_ms": 1e3}).choose().expected["tpot_ms"]
+    limits, seen = {"tpot_p50_ms": free * auto.HEADROOM}, []
+
+    def build(chosen: auto.Chosen) -> Built:
+        seen.append(chosen.expected["tpot_ms"])
+        return Built({"verdict": {"checks": [{"name": "tpot_p50_ms", "measured": 9 * free, "limit": limits["tpot_p50_ms"], "outcome": "FAIL"}]}})
+
+    auto.settle(auto.Chooser(checkpoint, found, kernels(), limits), build)
+    chooser = auto.Chooser(checkpoint, found, kernels(), limits)
+    least = chooser.base["tpot"] + float(chooser.costs["tpot"].min(axis=1).sum())
+    assert len(seen) == 2 and seen[0] <= free and least <= seen[1] <= 1.02 * least < seen[0]
+    with pytest.raises(TrimtabError):  # the limit itself is not bent
+        auto.Chooser(checkpoint, found, kernels(), {"tpot_p50_ms": 0.5 * least}).choose()
+
+
 def test_what_cannot_be_steered_is_left_alone() -> None:
     rows = [
         {"name": "load_s", "measured": 9.0, "limit": 1.0, "outcome": "FAIL"},
