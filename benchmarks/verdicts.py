@@ -273,6 +273,8 @@ def main() -> int:
     known_ms = load_profile("here").spin_ms or 0.0 if given.spin_ms is None else given.spin_ms
     if given.real and given.disturbed:
         series = SERIES[open_bundle(given.real).kind]
+        if series not in known.get("real", {}):
+            parser.error(f"--disturbed: expected {series} of undisturbed processes in {RESULTS.name}, found none; run --real BUNDLE alone first")
         rows = disturbed(given.real, known["real"][series], given.disturbed, known_ms)
         found: dict[str, Any] = {"disturbed": {**known.get("disturbed", {}), series: rows}}
     elif given.real:
