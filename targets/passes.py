@@ -2,6 +2,8 @@
 
 A machine that others use too is slow for seconds on end. So no chain is timed at one time only, every sample has a reading of the reference kernel beside it
 (`targets.spin`), and the figure is the lower quartile of that half of the samples beside which the kernel was quickest: what the machine does when it is ours.
+Where a session's weights come to lie in memory can make it slower for as long as it is open (by hand: 1.33 times, at one token and at 128 alike), so each pass
+opens its own.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from targets.kernels import STREAM_BYTES, Case, CaseRun, Point
-from targets.layers import DECODER, ENCODER, Step, open_layers
+from targets.kernels import STREAM_BYTES, Case, Point
+from targets.layers import DECODER, ENCODER, Step, depth, open_layers
 from targets.profile import KernelTime
 from targets.spin import Spin
 
@@ -63,11 +65,10 @@ class Samples:
 
 
 class ChainPasses:
-    """Sessions of CHAINS, which stay open between passes. Use `run` PASSES times, then `rows` and `step`."""
+    """Samples of CHAINS. Use `run` PASSES times, then `rows` and `step`."""
 
     def __init__(self, threads: int, memory_bytes: int, spin: Spin) -> None:
         self.threads, self.spin, self.most_bytes = threads, spin, int(memory_bytes * LARGE_SHARE)
-        self.open: dict[int, CaseRun] = {}
         self.samples: dict[tuple[int, Point], Samples] = {}
         self.steps = Samples()
         self._step = Step(threads, STEP.context)
@@ -75,19 +76,27 @@ class ChainPasses:
     def run(self, seconds: float) -> None:
         """One pass, in about `seconds`. A chain whose share has gone before it is opened waits for the next pass."""
         deadline = time.perf_counter() + seconds
-        for place, (layer, stream_bytes, points) in enumerate(CHAINS):
-            if deadline <= time.perf_counter():
+        for place in range(len(CHAINS)):
+            left = deadline - time.perf_counter()
+            if left <= 0:
                 break
-            if place not in self.open:
-                self.open[place] = open_layers(layer, self.threads, min(stream_bytes, self.most_bytes))
-            share = (deadline - time.perf_counter()) / (len(CHAINS) - place) / len(points)
-            for point in points:
-                self._point(place, point, share)
+            self._chain(place, left / (len(CHAINS) - place))
 
-    def _point(self, place: int, point: Point, seconds: float) -> None:
-        run, deadline = self.open[place].bind(point), time.perf_counter() + seconds
+    def _chain(self, place: int, seconds: float) -> None:
+        """One chain, opened and closed, in about `seconds`; at least one sample of each point."""
+        deadline = time.perf_counter() + seconds
+        layer, stream_bytes, points = CHAINS[place]
+        chain = open_layers(layer, self.threads, self._bytes(stream_bytes))
+        for done, point in enumerate(points):
+            share = (deadline - time.perf_counter()) / (len(points) - done)
+            self._point(chain.bind(point), point, self.samples.setdefault((place, point), Samples()), share)
+
+    def _bytes(self, stream_bytes: int) -> int:
+        return min(stream_bytes, self.most_bytes)
+
+    def _point(self, run: Callable[[], object], point: Point, kept: Samples, seconds: float) -> None:
+        deadline = time.perf_counter() + seconds
         run()
-        kept = self.samples.setdefault((place, point), Samples())
         while True:
             taken, stepped = self._block(run, point.m == 1)
             spin_ms = self.spin.time_ms()
@@ -116,7 +125,8 @@ class ChainPasses:
         """Microseconds of one layer."""
         found = []
         for (place, point), samples in self.samples.items():
-            layer, count = CHAINS[place][0], self.open[place].count
+            layer, stream_bytes, _ = CHAINS[place]
+            count = depth(layer, self._bytes(stream_bytes))
             us = round(samples.timing().seconds * 1e6 / count, 2)
             found.append(KernelTime(layer.op, layer.bits, layer.block, layer.k, layer.n, point.m, self.threads, us, layer.symmetric, point.context, count))
         return found

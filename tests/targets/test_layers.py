@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -130,6 +131,24 @@ def test_passes_leave_a_row_for_each_point(monkeypatch: pytest.MonkeyPatch) -> N
     step = chains.step()
     assert all(row.us > 0 for row in rows) and step is not None and step[0] > 0 and all(len(kept.seconds) >= PASSES for kept in chains.samples.values())
     assert len(chains.spins()) == sum(len(kept.seconds) for kept in chains.samples.values())
+
+
+def test_each_pass_opens_the_chains_anew_and_one_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[CaseRun]] = []
+
+    def note(layer: Case, threads: int, stream_bytes: int) -> CaseRun:
+        assert all(chain() is None for chain in opened)
+        run = open_layers(layer, threads, stream_bytes)
+        opened.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(passes, "open_layers", note)
+    monkeypatch.setattr(passes, "CHAINS", ((SMALL[0], 1, (Point(4),)), (SMALL[3], 1, (Point(4),))))
+    with Clockwork() as spin:
+        chains = ChainPasses(1, 1 << 33, spin)
+        for _ in range(2):
+            chains.run(2.0)
+    assert len(opened) == 2 * 2 and all(chain() is None for chain in opened)
 
 
 def test_chains_take_no_more_of_the_memory_than_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
