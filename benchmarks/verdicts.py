@@ -8,7 +8,7 @@
 A process gives latencies whose 50th, 90th, 95th or 99th percentile is 1 exactly. At a limit of 1 every PASS and every FAIL is wrong; at another limit the
 share of PASS is the power.
 
-On a real machine each fresh process gives a series of requests, for SECONDS. Its percentile is the true one (of these seconds: the machine's speed wanders from
+On a real machine each fresh process gives a series of requests, for as long as `compile` measures at the most. Its percentile is the true one (of these seconds: the machine's speed wanders from
 minute to minute), and the series is judged at limits 10 % above and below it, by the sampler's own looks in its own order; most end early in it.
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compiler.judge import MEASURE_SECONDS
 from runtimes.bundle import open_bundle
 from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
@@ -35,7 +36,6 @@ from targets.profile import load_profile
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
-SECONDS = 120.0  # the sampler's own, BenchOptions.seconds
 SERIES = {"decoder": "tpot_ms", "encoder": "encode_ms"}
 SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 16, "length": 32}
 MOST = 2000  # requests; BenchOptions.most is larger, for short ones
@@ -171,12 +171,12 @@ def simulate(trials: int) -> dict[str, Any]:
 
 
 def collected(bundle: Path, processes: int, kept: Path, known_ms: float) -> None:
-    """One piece: fresh processes, SECONDS each, without limits. Appends their series to `kept`."""
+    """One piece: fresh processes, MEASURE_SECONDS each, without limits. Appends their series to `kept`."""
     from runtimes.bench import BenchOptions, measure_in_child
 
     rows = json.loads(kept.read_text()) if kept.exists() else []
     for _ in range(processes):
-        result = measure_in_child(bundle, BenchOptions(least=10_000, most=10_000, seconds=SECONDS, spin_ms=known_ms, **SHORT))
+        result = measure_in_child(bundle, BenchOptions(least=10_000, most=10_000, seconds=MEASURE_SECONDS, spin_ms=known_ms, **SHORT))
         rows.append({"kind": result.kind, "values": list(result.series[SERIES[result.kind]]), "dropped": result.dropped, "spin_ms": result.spin_ms})
         kept.write_text(json.dumps(rows))
 
