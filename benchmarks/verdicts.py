@@ -8,8 +8,9 @@
 A process gives latencies whose 50th, 90th, 95th or 99th percentile is 1 exactly. At a limit of 1 every PASS and every FAIL is wrong; at another limit the
 share of PASS is the power.
 
-On a real machine each fresh process gives a series of requests, for as long as `compile` measures at the most. Its percentile is the true one (of these seconds: the machine's speed wanders from
-minute to minute), and the series is judged at limits 10 % above and below it, by the sampler's own looks in its own order; most end early in it.
+On a real machine each fresh process gives a series of requests, for as long as `compile` measures at the most. Its percentile is the true one (of these
+seconds: the machine's speed wanders from minute to minute), and the series is judged at limits 10 % above and below it, by the sampler's own looks in its own
+order; most end early in it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from numpy.typing import NDArray
 
 from compiler.judge import MEASURE_SECONDS
 from runtimes.bundle import open_bundle
-from runtimes.collect import FIRST_FAIL_LOOK, Limit, Question
-from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS
+from runtimes.collect import SLOW_SPELL, Limit, Question
+from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples, spell_effect
 from targets.profile import load_profile
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
@@ -72,13 +73,13 @@ def bimodal(stay: float) -> Process:
     limit, is kept with probability `stay`."""
 
     def draw(rng: Rng, count: int, percentile: float) -> NDArray[np.float64]:
-        share = 2 * (1 - percentile / 100)  # of the slow mode; half of it is over the limit
-        share = min(share, 0.6)
+        share = min(2 * (1 - percentile / 100), 0.6)  # of the slow mode; half of it (at p50, five of six) is over the limit
         enter = (1 - stay) * share / (1 - share)
-        slow, modes, chances = rng.random() < share, np.empty(count, bool), rng.random(count)
-        for at in range(count):
-            slow = chances[at] < (stay if slow else enter)
-            modes[at] = slow
+        slow, spells, filled = bool(rng.random() < share), list[NDArray[np.bool_]](), 0
+        while filled < count:  # spells are geometric, so the one that the series begins in has the same length to come
+            spells.append(np.full(int(rng.geometric(1 - stay if slow else enter)), slow))
+            slow, filled = not slow, filled + len(spells[-1])
+        modes = np.concatenate(spells)[:count]
         over = (1 - percentile / 100) / share
         centre = -0.02 * NormalDist().inv_cdf(1 - over)
         return np.exp(np.where(modes, centre, -0.5) + 0.02 * rng.standard_normal(count))
@@ -102,13 +103,15 @@ PROCESSES: dict[str, Process] = {
     "AR(1) 0.9": correlated(0.9),
     "bimodal, stays 0.5": bimodal(0.5),
     "bimodal, stays 0.9": bimodal(0.9),
+    "the same, told": bimodal(0.9),
 }
+SPELLS = {"the same, told": 10.0}  # what `slow_spell` says of them
 
 
-def judged(values: Sequence[float], percentile: float, limit: float, confidence: float = CONFIDENCE) -> tuple[str, int]:
+def judged(values: Sequence[float], percentile: float, limit: float, slow_spell: float = SLOW_SPELL) -> tuple[str, int]:
     """(outcome, samples) of the sampler's looks at one series of latencies."""
-    question = Question(Limit("x", percentile, limit), confidence)
-    at, count = FIRST_FAIL_LOOK, len(values)
+    question = Question(Limit("x", percentile, limit), CONFIDENCE, slow_spell)
+    at, count = question.next_look, len(values)
     while question.result is None and at < count:
         question.look(values[:at])
         at = question.next_look
@@ -118,10 +121,11 @@ def judged(values: Sequence[float], percentile: float, limit: float, confidence:
     return question.result.outcome, question.result.samples
 
 
-def rates(process: Process, percentile: float, limit: float, trials: int, seed: int = 0, most: int = MOST) -> dict[str, float]:
-    """Shares of PASS and FAIL and the median of samples, over `trials` machines."""
-    rng = np.random.default_rng(seed)
-    found = [judged(process(rng, most, percentile), percentile, limit) for _ in range(trials)]
+def rates(process: Process, percentile: float, limit: float, trials: int, slow_spell: float = SLOW_SPELL) -> dict[str, float]:
+    """Shares of PASS and FAIL and the median of samples, over `trials` machines. Up to MOST requests, or twice what the first look takes."""
+    rng, first = np.random.default_rng(0), min_samples(percentile, 0, look_confidence(1))
+    most = max(MOST, 2 * math.ceil(spell_effect(slow_spell) * first))
+    found = [judged(process(rng, most, percentile), percentile, limit, slow_spell) for _ in range(trials)]
     outcomes = [outcome for outcome, _ in found]
     return {
         "trials": trials,
@@ -154,7 +158,8 @@ def simulate(trials: int) -> dict[str, Any]:
     errors, power = [], []
     for name, process in PROCESSES.items():
         for percentile in (50, 90, 95, 99):
-            row = {"process": name, "percentile": percentile, **rates(process, percentile, 1.0, trials)}
+            spell = SPELLS.get(name, SLOW_SPELL)
+            row = {"process": name, "percentile": percentile, "slow_spell": spell, **rates(process, percentile, 1.0, trials, spell)}
             errors.append(row)
             print(f"{name:22s} p{percentile}: false PASS {row['pass']:.2%}, false FAIL {row['fail']:.2%}", flush=True)
     for percentile in (50, 90, 95):

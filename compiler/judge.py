@@ -18,13 +18,14 @@ from compiler.stages import package
 from compiler.stages.validate import FAITHFUL, Measured, built_in, checks, scene_of
 from compiler.store import writing
 from runtimes.behaviours import Finding, behaviours
-from runtimes.bench import BenchOptions, BenchResult, measure_in_child
+from runtimes.bench import RATES, BenchOptions, BenchResult, measure_in_child
 from runtimes.bundle import open_bundle
 from runtimes.confine import confinement
 from targets.machine import usable_cores
 from targets.profile import Profile, fingerprint, load_profile
 
-MEASURE_SECONDS = 90.0  # cap of one latency measurement
+MEASURE_SECONDS = 90.0  # cap of one latency measurement, if no scenario says otherwise
+SINGLE_RATES = tuple(name for name in RATES if "." not in name)
 FRESH_PROCESSES = 2  # beyond the one that samples latency, for memory and load time
 
 
@@ -99,16 +100,20 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     """
     watch, adapter = Stopwatch(), heaviest(open_bundle(bundle).model)
     found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads(profile), progress.update)]
-    timed = {name: value for name, value in asked.limits.items() if PERCENTILE.fullmatch(name) and value > 0}
+    timed = {name: value for name, value in asked.limits.items() if (PERCENTILE.fullmatch(name) or name in SINGLE_RATES) and value > 0}
 
     def left() -> float:
         return max(1.0, asked.max_seconds - watch.seconds) if asked.max_seconds else 0.0
 
     small = confinement(profile)
     confined: dict[str, Any] = {"cores": small.cores, "core_threads": small.threads, "memory_bytes": small.memory_bytes}
-    first = left()
+
+    def capped(cap: float) -> dict[str, Any]:
+        found: dict[str, Any] = {"seconds": MEASURE_SECONDS, **asked.scenarios.options}
+        return found | {"seconds": min(found["seconds"], cap or found["seconds"]), "max_seconds": cap}
+
     how = {"threads": threads(profile), "adapter": adapter, "spin_ms": (profile.spin_ms or 0.0) if profile.is_here else 0.0, **confined}
-    options = BenchOptions(limits=timed, seconds=min(MEASURE_SECONDS, first or MEASURE_SECONDS), max_seconds=first, **how)
+    options = BenchOptions(limits=timed, **capped(left()), **how)
     result = measure_in_child(bundle, options, lambda done, most, _: progress.update("requests", done, most))
     short, fresh = replace(options, limits={}, least=3, most=3, seconds=10.0, max_seconds=0.0), [result]
     while len(fresh) <= FRESH_PROCESSES and not (asked.max_seconds and watch.seconds >= asked.max_seconds):
@@ -117,8 +122,7 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     for more in asked.scenarios.measurements(asked.limits):
         if asked.max_seconds and watch.seconds >= asked.max_seconds:
             break
-        cap = left()
-        scene = replace(options, **{"limits": {}, **more}, seconds=min(MEASURE_SECONDS, cap or MEASURE_SECONDS), max_seconds=cap)
+        scene = replace(options, **{"limits": {}, **more}, **capped(left()))
         scenes.append(measure_in_child(bundle, scene, _counter(progress, scene.scene)))
     return _gathered(bundle, asked, known, profile, (result, fresh, scenes, found))
 

@@ -207,7 +207,8 @@ class Run:
             facts["lineage"]["notes"] = [*facts["lineage"]["notes"], *notes]
             package.write_manifest(work, facts)
             self._selftest(work)
-            with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {judge.MEASURE_SECONDS:.0f} s"):
+            cap = item.scenarios.seconds or judge.MEASURE_SECONDS
+            with self.progress.stage("measure", f"behaviours, latency and memory on this machine, sampling for at most {cap:g} s"):
                 watch = Stopwatch()
                 asked = judge.Asked(item.limits, self.recipe.evaluate.metrics, self.max_seconds, item.scenarios)
                 measured, series = judge.measure(work, asked, judge.Evaluated.of(evaluation), profile, self.progress)

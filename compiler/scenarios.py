@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compiler.errors import RecipeError
 from compiler.limits import SCENE_PERCENTILE
+from runtimes.bench import RATES
 
 MEASURED = {"server": "{rate_per_s: 2}", "batch": "{size: 8}"}  # scenario -> an example of what it needs
 
@@ -52,11 +53,22 @@ class ColdStart(Part):
 
 
 class Scenarios(Part):
-    """Ways of asking besides one request after another."""
+    """Ways of asking besides one request after another, and what holds for each of them.
 
+    seconds     cap of one latency measurement; the time of disturbed requests does not count
+    slow_spell  requests that slow spells of the machine last on average: a PASS, and a FAIL, takes as many samples as tell spells of that length
+    """
+
+    seconds: float | None = Field(default=None, gt=0, le=86_400)
+    slow_spell: float | None = Field(default=None, ge=1, le=10_000)
     server: Server | None = None
     batch: Batch | None = None
     cold_start: ColdStart | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What was said of every measurement, as options of `runtimes.bench.BenchOptions`."""
+        return {name: value for name in ("seconds", "slow_spell") if (value := getattr(self, name)) is not None}
 
     def require(self, limit: str, option: str = "") -> None:
         """Raises RecipeError for a limit of a scenario that says not how requests come. option: where it may be said on a command line."""
@@ -84,5 +96,5 @@ class Scenarios(Part):
 
 
 def _of(scene: str, limits: Mapping[str, float]) -> dict[str, float]:
-    """Percentile limits of a scenario; positive ones, for others are decided without a sample."""
-    return {name: value for name, value in limits.items() if name.startswith(scene) and SCENE_PERCENTILE.fullmatch(name) and value > 0}
+    """Limits of a scenario on percentiles and rates; positive ones, for others are decided without a sample."""
+    return {name: value for name, value in limits.items() if name.startswith(scene) and (SCENE_PERCENTILE.fullmatch(name) or name in RATES) and value > 0}

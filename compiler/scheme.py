@@ -45,7 +45,7 @@ class Scheme:
             stored: 8-bit weights in groups of 32, expanded to float32 once at load; small on disk, exact enough for encoders
             tokens: 8-bit activations (one scale a token) and per-output-channel weights of 7 bits in a byte (MatMulIntegerToFloat), for decoders
             rows: 8-bit activations with one scale a token and per-output-channel 8-bit weights, outlying channels float (`graph.encoder_rows`), for encoders
-            dynamic: 8-bit activations (one scale a call) and per-output-channel 8-bit weights (DynamicQuantizeMatMul), for encoders
+            dynamic: the same with one scale a call (DynamicQuantizeMatMul), in all matrices, for encoders
     """
 
     bits: int = 32

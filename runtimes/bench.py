@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.bundle import Bundle, drop_from_cache, open_bundle
-from runtimes.collect import Budget, Call, Limit, Samples, collect
+from runtimes.collect import SLOW_SPELL, Budget, Call, Limit, Samples, collect
 from runtimes.confine import Confinement, clean
 from runtimes.confine import command as confined
 from runtimes.decode import PREFILL_CHUNK
@@ -57,15 +57,18 @@ from targets.spin import Spin
 
 SCHEMA = 1
 LIMIT_NAME = re.compile(r"((?:server|batch)\.(?:latency|ttft)|ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
+RATES = ("prefill_tok_s", "decode_tok_s", "batch.tok_s", "batch.texts_s")  # a limit on one is on its median, from below
 SCENES = ("single", "batch", "server", "cold")
 REPORT_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Conditions of a measurement. limits: name -> ms, names as in a recipe (`tpot_p95_ms`). batch and length are an encoder's, the rest a decoder's.
+    """Conditions of a measurement. limits: name -> ms (`tpot_p95_ms`) or, of RATES, the least that the median may be; names as in a recipe. batch and length
+    are an encoder's, the rest a decoder's.
 
     seconds caps the time of samples that count, max_seconds that of all sampling, disturbed windows included (0: three times `seconds`).
+    slow_spell  requests that slow spells of the machine are taken to last on average, however few come (`runtimes.metrics.spell_effect`)
     adapter  the unmerged adapter that answers, "" for none
     spin_ms  what the reference kernel takes when this machine is quiet, by its profile; 0 where nobody knows
     """
@@ -81,6 +84,7 @@ class BenchOptions:
     most: int = 10_000
     seconds: float = 120.0
     max_seconds: float = 0.0
+    slow_spell: float = SLOW_SPELL
     adapter: str = ""
     spin_ms: float = 0.0
     scene: str = "single"
@@ -94,10 +98,10 @@ class BenchOptions:
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lows = {"prompt_tokens": 1, "new_tokens": 2, "prefill_chunk": 0, "batch": 1, "length": 1, "threads": 0, "seed": 0}
+        lows = {"prompt_tokens": 1, "new_tokens": 2, "prefill_chunk": 0, "batch": 1, "length": 1, "threads": 0, "seed": 0, "slow_spell": 1}
         for name, low in lows.items():
-            if getattr(self, name) < low:
-                raise TrimtabError(name, expected=f"a count >= {low}", found=str(getattr(self, name)), remedy="change the option")
+            if not getattr(self, name) >= low:
+                raise TrimtabError(name, expected=f"a number >= {low}", found=str(getattr(self, name)), remedy="change the option")
         if self.scene not in SCENES:
             raise TrimtabError("scene", expected=f"one of {', '.join(SCENES)}", found=repr(self.scene), remedy="change the option")
         self.parsed_limits()
@@ -107,10 +111,10 @@ class BenchOptions:
         parsed = []
         for name, value in self.limits.items():
             match = LIMIT_NAME.fullmatch(name)
-            if not match or not 0 < value < float("inf"):
-                expected = "ttft, tpot or encode, as in `ttft_p95_ms`, and a positive number"
+            if not (match or name in RATES) or not 0 < value < float("inf"):
+                expected = f"ttft, tpot or encode, as in `ttft_p95_ms`, or {', '.join(RATES)}, and a positive number"
                 raise TrimtabError(f"limit {name}", expected=expected, found=repr(value), remedy="change the limit")
-            parsed.append(Limit(f"{match[1]}_ms", float(match[2]), value))
+            parsed.append(Limit(f"{match[1]}_ms", float(match[2]), value) if match else Limit(name, 50.0, value, at_least=True))
         return parsed
 
     def arguments(self) -> list[str]:
@@ -188,7 +192,8 @@ def _sampled(call: Call, options: BenchOptions, settings: SessionSettings, repor
         took = (time.monotonic() - options.started) * 1e3
         return Samples({"cold_start_ms": (took,)}, 0, 1, 0, 0.0, took / 1e3, 0, ()), {}
     limits = options.parsed_limits()
-    budget = Budget(least=options.least, most=max(options.most, options.least), seconds=options.seconds, max_seconds=options.max_seconds)
+    caps = {"seconds": options.seconds, "max_seconds": options.max_seconds, "slow_spell": options.slow_spell}
+    budget = Budget(least=options.least, most=max(options.most, options.least), **caps)
     with Spin(settings.resolved_threads(), known_ms=options.spin_ms) as spin:
         if options.scene == "server":
             samples, utilisation = open_loop(call, Load(options.rate_per_s, options.concurrency, options.seed), limits, budget, spin, report)
@@ -343,7 +348,8 @@ def _conditions(kind: str, options: BenchOptions) -> dict[str, Any]:
     names = ("prompt_tokens", "new_tokens", "prefill_chunk", "batch", "seed") if kind == "decoder" else ("batch", "length", "seed")
     asked = {"server": ("rate_per_s", "concurrency")}.get(options.scene, ())
     scene = {} if options.scene == "single" else {"scene": options.scene}
-    return {**scene, **{name: getattr(options, name) for name in (*names, *asked, *(["adapter"] if options.adapter else []))}}
+    others = [name for name, usual in (("adapter", ""), ("slow_spell", SLOW_SPELL)) if getattr(options, name) != usual]
+    return {**scene, **{name: getattr(options, name) for name in (*names, *asked, *others)}}
 
 
 def _tests(names: Sequence[str], samples: Samples) -> list[dict[str, Any]]:
@@ -370,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON (the only format; the flag says so)")
     parser.add_argument("--progress", action="store_true", help="tell progress on stderr, one JSON object a line")
-    parser.add_argument("--limit", action="append", default=[], metavar="NAME=MS", help="e.g. ttft_p95_ms=400; sampling goes on until it is decided")
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=NUMBER", help="e.g. ttft_p95_ms=400, decode_tok_s=90; sampling goes on until decided"
+    )
     for entry in fields(BenchOptions):
         if entry.name != "limits":
             parser.add_argument(f"--{entry.name.replace('_', '-')}", type=type(entry.default), default=entry.default)
@@ -393,7 +401,7 @@ def _limit(text: str) -> tuple[str, float]:
     try:
         return name, float(value)
     except ValueError as error:
-        raise TrimtabError("--limit", expected="NAME=MS, e.g. ttft_p95_ms=400", found=text, remedy="change the option") from error
+        raise TrimtabError("--limit", expected="NAME=NUMBER, e.g. ttft_p95_ms=400", found=text, remedy="change the option") from error
 
 
 if __name__ == "__main__":

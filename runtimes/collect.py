@@ -2,7 +2,8 @@
 
 1. A window is one or more calls between two readings of the reference kernel (`targets.spin`). When either reading is off, its samples are dropped and counted.
 2. After each doubling of the samples the limits are looked at. Look k may be wrong with probability (1-c) / 2^k, so all looks together keep c
-   (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing may be told after 4 samples, passing needs what the percentile needs.
+   (`runtimes.metrics.look_confidence`). PASS and FAIL have a budget each: failing needs few samples, passing what the percentile needs. Both take slow spells
+   to last as long as the budget says, however few have come (`runtimes.metrics.spell_effect`).
 3. The end is a decision on every limit, or the cap on calls or seconds: what is undecided then stays INCONCLUSIVE. Calls and time of dropped windows do
    not count, until they are twice what the caps allow: a busy machine measures longer, but not for ever. Short calls reach
    a small cap within one window, which may be a disturbed one: FEWEST_WINDOWS are tried before calls end it.
@@ -19,13 +20,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, PercentileTest, design_effect, look_confidence, min_samples, percentile_test
+from runtimes.metrics import (
+    CONFIDENCE,
+    FAIL,
+    INCONCLUSIVE,
+    LEAST_WORTH,
+    PASS,
+    PercentileTest,
+    design_effect,
+    look_confidence,
+    min_samples,
+    percentile_test,
+    spell_effect,
+)
 from targets.errors import TrimtabError
 from targets.spin import Spin
 
-FIRST_FAIL_LOOK = 24
-FIRST_PASS_LOOK = 32  # fewer samples cannot show how much they depend on each other
-LEAST_EFFECT = 1.5  # what a PASS takes samples to depend at the least: slow ones that come in twos and threes, and have not come yet, show in no estimate
+FIRST_LOOK = 32  # fewer samples cannot show how much they depend on each other
+SLOW_SPELL = 1.25  # requests that slow spells last on average, if nobody says otherwise: now and then two or three, where none has come yet
 CALIBRATIONS = 9
 CROWDED = 8.0  # two threads that share two processors with three others and wait for each other lose less
 BUSY_FACTOR = 3  # times the caps, dropped windows included
@@ -39,11 +51,15 @@ Report = Callable[[int, int, float], None]  # samples, cap, seconds
 
 @dataclass(frozen=True)
 class Limit:
-    """ "The `percentile`-th percentile of `series` is at most `limit`": Limit("ttft_ms", 95, 400.0)."""
+    """ "The `percentile`-th percentile of `series` is at most `limit`": Limit("ttft_ms", 95, 400.0).
+
+    at_least  "the median of `series` is at least `limit`", of a rate: judged as the time that it is the inverse of
+    """
 
     series: str
     percentile: float
     limit: float
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Budget:
     window_ms: float = 40.0
     confidence: float = CONFIDENCE
     max_seconds: float = 0.0  # the hard end, dropped windows included; 0: BUSY_FACTOR times `seconds`
+    slow_spell: float = SLOW_SPELL
 
     def __post_init__(self) -> None:
         if not (1 <= self.least <= self.most and self.seconds > 0):
@@ -89,13 +106,13 @@ class Samples:
 class Question:
     """One limit and the looks taken at it: `result` is None until it is decided."""
 
-    def __init__(self, limit: Limit, confidence: float) -> None:
-        self.limit, self._confidence = limit, confidence
+    def __init__(self, limit: Limit, confidence: float, slow_spell: float = SLOW_SPELL) -> None:
+        self.limit, self._confidence, self._least_effect = limit, confidence, spell_effect(slow_spell)
         self.looks = 0
         self._fail_look = 1
         fewest = min_samples(limit.percentile, 0, look_confidence(1, confidence))
-        self._next_pass = max(FIRST_PASS_LOOK, math.ceil(LEAST_EFFECT * fewest))
-        self._next_fail = FIRST_FAIL_LOOK
+        self._next_fail = max(FIRST_LOOK, math.ceil(self._least_effect * LEAST_WORTH))
+        self._next_pass = max(self._next_fail, math.ceil(self._least_effect * fewest))
         self.result: PercentileTest | None = None
 
     @property
@@ -121,18 +138,21 @@ class Question:
         assert self.result is not None  # `look` with last=True leaves one
         if not crowded or self.result.outcome != FAIL:
             return self.result
-        quicker = self.test([value / CROWDED for value in values], self._fail_look, FAIL)
+        quicker = self.test(values, self._fail_look, FAIL, CROWDED)
         return self.result if quicker.outcome == FAIL else replace(self.result, outcome=INCONCLUSIVE)
 
-    def test(self, values: Sequence[float], look: int, wanted: str) -> PercentileTest:
-        """`wanted` (PASS or FAIL) or INCONCLUSIVE, at the confidence of a look."""
-        limit, percentile = self.limit.limit, self.limit.percentile
+    def test(self, values: Sequence[float], look: int, wanted: str, quicker: float = 1.0) -> PercentileTest:
+        """`wanted` (PASS or FAIL) or INCONCLUSIVE, at the confidence of a look; `quicker`: as if every request took so many times less."""
+        times, percentile = np.asarray(values, np.float64), self.limit.percentile
+        times, limit = (1 / times, 1 / self.limit.limit) if self.limit.at_least else (times, self.limit.limit)
+        times = times / quicker
         # Latencies under half of the limit are alike here, and those over twice of it: how they vary says nothing about crossing it.
-        values_near = np.clip(np.asarray(values, np.float64), limit / 2, limit * 2)
-        effect = design_effect(values_near, percentile)
-        # A FAIL may be told after few samples, and few do not show how the tail depends: all ranks count.
-        effect = max(effect, LEAST_EFFECT if wanted == PASS else design_effect(values_near))
-        test = percentile_test(values, limit, percentile, look_confidence(look, self._confidence), effect)
+        near = np.clip(times, limit / 2, limit * 2)
+        effect = max(self._least_effect, design_effect(near, percentile))
+        if wanted == FAIL:  # it may be told after few samples, and few do not show how the tail depends: all ranks count
+            effect = max(effect, design_effect(near))
+        test = percentile_test(times, limit, percentile, look_confidence(look, self._confidence), effect)
+        test = test.inverse() if self.limit.at_least else test
         return test if test.outcome == wanted else replace(test, outcome=INCONCLUSIVE)
 
 
@@ -146,7 +166,7 @@ def collect(call: Call, limits: Sequence[Limit], budget: Budget, spin: Spin, rep
         )
     spin.calibrate(call, count=min(CALIBRATIONS, max(3, budget.least)))  # who wants three requests for their memory waits for no more
     spin.crowded()  # from here on
-    questions = [Question(limit, budget.confidence) for limit in limits]
+    questions = [Question(limit, budget.confidence, budget.slow_spell) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in first}
     kept = dropped = windows = disturbed = 0
     lost = 0.0  # seconds of dropped windows

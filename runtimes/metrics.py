@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +56,11 @@ class PercentileTest:
     lower: float | None
     upper: float | None
     effect: float = 1.0
+
+    def inverse(self) -> PercentileTest:
+        """The same of 1 / value: what was an upper bound is a lower one. For the median only, which keeps its place."""
+        limit, estimate, lower, upper = (None if value is None else 1.0 / value for value in (self.limit, self.estimate, self.upper, self.lower))
+        return replace(self, limit=limit, estimate=estimate, lower=lower, upper=upper)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +103,15 @@ def design_effect(samples: ArrayLike, percentile: float | None = None) -> float:
     beyond = 1.0 - percentile / 100.0
     slow = (ranks >= count * (1.0 - min(0.5, 2.0 * beyond))).astype(np.float64)
     return max(_initial_sum(np.maximum(ranks, count * (1.0 - min(1.0, TAIL * beyond)))), _initial_sum(slow))
+
+
+def spell_effect(length: float) -> float:
+    """The most that samples depend on each other for slow ones that come in spells of `length` on average (geometric): 2 * length - 1 in a row are worth one.
+
+    For a machine of two modes, kept with probability s and entered with e, autocorrelations are the powers of s - e, at most 1 - 1/length, and their sum as in
+    `design_effect` is (1 + s - e) / (1 - s + e). Spells that have not come yet show in no estimate: what they may be is an assumption.
+    """
+    return 2.0 * length - 1.0
 
 
 def _initial_sum(values: NDArray[np.float64]) -> float:

@@ -110,7 +110,7 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     spin.crowded()  # from here on
     count = max(EPISODE_LEAST, round(min(EPISODE_SECONDS, budget.seconds / 4) * load.rate_per_s))
     lead = max(load.concurrency, round(LEAD_SHARE * count))
-    questions = [Question(limit, budget.confidence) for limit in limits]
+    questions = [Question(limit, budget.confidence, budget.slow_spell) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in known}
     service: list[float] = []
     dropped = episodes = disturbed = 0

@@ -1,9 +1,9 @@
 """Chains of layers timed in several passes over the whole probe, beside the reference kernel.
 
-A machine that others use too is slow for seconds on end. So no chain is timed at one time only, every sample has a reading of the reference kernel beside it
-(`targets.spin`), and the figure is the lower quartile of that half of the samples beside which the kernel was quickest: what the machine does when it is ours.
-Where a session's weights come to lie in memory can make it slower for as long as it is open (by hand: 1.33 times, at one token and at 128 alike), so each pass
-opens its own.
+A machine that others use too is slow for seconds on end. So no chain is timed at one time only, every sample stands between two readings of the reference
+kernel (`targets.spin`), of which the slower counts, and the figure is the lower quartile of that half of the samples beside which the kernel was quickest: what
+the machine does when it is ours. Where a session's weights come to lie in memory can make it slower for as long as it is open (by hand: 1.33 times, at one
+token and at 128 alike), so each pass opens its own.
 """
 
 from __future__ import annotations
@@ -55,13 +55,17 @@ class Timing:
 
 @dataclass
 class Samples:
-    """Seconds, and the reading of the reference kernel beside each."""
+    """Seconds, and the slower reading of the reference kernel beside each."""
 
     seconds: list[float] = field(default_factory=list)
     spins: list[float] = field(default_factory=list)
 
     def timing(self) -> Timing:
         return Timing.of(self.seconds, self.spins)
+
+    def spin_ms(self) -> float:
+        """The middle of the readings beside the samples that count."""
+        return float(np.median(sorted(self.spins)[: -(-len(self.spins) // 2)]))
 
 
 class ChainPasses:
@@ -71,6 +75,7 @@ class ChainPasses:
         self.threads, self.spin, self.most_bytes = threads, spin, int(memory_bytes * LARGE_SHARE)
         self.samples: dict[tuple[int, Point], Samples] = {}
         self.steps = Samples()
+        self.readings: list[float] = []  # of the reference kernel, all of them
         self._step = Step(threads, STEP.context)
 
     def run(self, seconds: float) -> None:
@@ -80,10 +85,10 @@ class ChainPasses:
             left = deadline - time.perf_counter()
             if left <= 0:
                 break
-            self._chain(place, left / (len(CHAINS) - place))
+            self.time(place, left / (len(CHAINS) - place))
 
-    def _chain(self, place: int, seconds: float) -> None:
-        """One chain, opened and closed, in about `seconds`; at least one sample of each point."""
+    def time(self, place: int, seconds: float) -> None:
+        """One chain, opened and closed, in about `seconds`; at least one more sample of each point."""
         deadline = time.perf_counter() + seconds
         layer, stream_bytes, points = CHAINS[place]
         chain = open_layers(layer, self.threads, self._bytes(stream_bytes))
@@ -97,9 +102,11 @@ class ChainPasses:
     def _point(self, run: Callable[[], object], point: Point, kept: Samples, seconds: float) -> None:
         deadline = time.perf_counter() + seconds
         run()
+        before = self._read()
         while True:
             taken, stepped = self._block(run, point.m == 1)
-            spin_ms = self.spin.time_ms()
+            after = self._read()
+            spin_ms, before = max(before, after), after
             kept.seconds.append(taken)
             kept.spins.append(spin_ms)
             if stepped:
@@ -107,6 +114,10 @@ class ChainPasses:
                 self.steps.spins.append(spin_ms)
             if time.perf_counter() >= deadline:
                 break
+
+    def _read(self) -> float:
+        self.readings.append(self.spin.time_ms())
+        return self.readings[-1]
 
     def _block(self, run: Callable[[], object], steps: bool) -> tuple[float, float]:
         """Mean seconds of a run, and of a step's other work after each where there are `steps`."""
@@ -131,9 +142,12 @@ class ChainPasses:
             found.append(KernelTime(layer.op, layer.bits, layer.block, layer.k, layer.n, point.m, self.threads, us, layer.symmetric, point.context, count))
         return found
 
-    def spins(self) -> list[float]:
-        """Every reading of the reference kernel, of all passes."""
-        return [reading for samples in self.samples.values() for reading in samples.spins]
+    def slowness(self) -> dict[int, float]:
+        """Place of each chain -> the slowest of its points' readings of the reference kernel, beside the samples that count."""
+        found: dict[int, float] = {}
+        for (place, _), samples in self.samples.items():
+            found[place] = max(found.get(place, 0.0), samples.spin_ms())
+        return found
 
     def step(self) -> tuple[float, Timing] | None:
         """Microseconds of a step's other work; None when no chain was run."""

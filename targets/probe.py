@@ -71,7 +71,7 @@ def probe(seconds: float = DEFAULT_SECONDS, report: Report | None = None, *, thr
     with Spin(threads) as spin:
         chains = ChainPasses(threads, profile.memory_bytes, spin)
         kernels = Sweep(rows, chains, started + seconds, lambda what, done: tell(what, done + len(headline), total)).run()
-        readings = chains.spins() or [spin.time_ms() for _ in range(RUNS_LEAST)]
+        readings = chains.readings or [spin.time_ms() for _ in range(RUNS_LEAST)]
     note = "reference kernel of targets.spin, the lowest tenth of readings over the whole probe"
     measured["spin_ms"] = (round(float(np.quantile(readings, QUIET)), 4), _source(note, Timing.of(readings)))
     step = chains.step()

@@ -1,7 +1,8 @@
 """The kernel table measured case by case, each run beside the reference kernel, and again what a slow stretch of the machine fell on.
 
 A machine that others use too is slow for seconds on end, which is as long as a case has. So every few runs have a reading of the reference kernel beside them
-(`targets.spin`), of a point's runs that half counts beside which it was quickest, and what the budget still holds goes to the cases with the slowest readings.
+(`targets.spin`), of a point's runs that half counts beside which it was quickest, and what the budget still holds goes to chains and cases with the slowest
+readings.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from targets.kernels import Case, CaseRun, Point, copies, open_case
-from targets.passes import PASSES, ChainPasses, Samples
+from targets.passes import CHAINS, PASSES, ChainPasses, Samples
 from targets.profile import KernelTime
 from targets.spin import TOLERANCE, Spin
 
 RUNS_LEAST = 3
 CHAIN_SHARE, AGAIN_SHARE = 0.4, 0.15  # of the seconds: for the chains, and for second looks
+CHAIN_LOOK = 3  # times what a case gets: a chain takes a second to open
 BLOCK_S = 0.05  # of runs, between two readings
 QUIET = 0.1  # of the readings
 
@@ -65,17 +67,25 @@ class Sweep:
         return time_case(case, points, self.chains.spin, seconds)
 
     def _again(self, until: float, seconds: float) -> None:
-        """Times again, until then, what was timed beside slow readings, the slowest first, and keeps what was timed beside the quicker one."""
-        looks: Counter[int] = Counter()
+        """Times again, until then, what was timed beside slow readings: chains first, which all predictions rest on, and the slowest of each first.
+
+        Of a case that counts which was timed beside the quicker readings; a chain has more samples.
+        """
+        looks: Counter[tuple[bool, int]] = Counter()
         while time.perf_counter() + seconds < until:
-            quiet_ms = float(np.quantile([*self.chains.spins(), *(timed.spin_ms for timed in self.timed.values())], QUIET))
-            slow = [place for place, timed in self.timed.items() if timed.spin_ms > TOLERANCE * quiet_ms]
+            quiet_ms = float(np.quantile([*self.chains.readings, *(timed.spin_ms for timed in self.timed.values())], QUIET))
+            beside = {(False, place): ms for place, ms in self.chains.slowness().items()} | {(True, place): row.spin_ms for place, row in self.timed.items()}
+            slow = [one for one, ms in beside.items() if ms > TOLERANCE * quiet_ms]
             if not slow:
                 break
-            place = min(slow, key=lambda place: (looks[place], -self.timed[place].spin_ms))
-            looks[place] += 1
-            self.tell(f"{self.cases[place][0]}, again", len(self.cases))
-            self.timed[place] = min(self.timed[place], self._time(place, seconds), key=lambda timed: timed.spin_ms)
+            which = min(slow, key=lambda one: (looks[one], one[0], -beside[one]))
+            looks[which] += 1
+            alone, place = which
+            self.tell(f"{self.cases[place][0] if alone else CHAINS[place][0]}, again", len(self.cases))
+            if alone:
+                self.timed[place] = min(self.timed[place], self._time(place, seconds), key=lambda timed: timed.spin_ms)
+            else:
+                self.chains.time(place, CHAIN_LOOK * seconds)
 
 
 def time_case(case: Case, points: Sequence[Point], spin: Spin, seconds: float) -> Timed:
@@ -92,7 +102,7 @@ def time_case(case: Case, points: Sequence[Point], spin: Spin, seconds: float) -
             runs.clear()  # one session's weights in memory at a time
             runs[count] = open_case(case, point, spin.threads)
         kept = _beside(spin, runs[count].bind(point), (deadline - time.perf_counter()) / (len(points) - done))
-        slowest = max(slowest, float(np.median(sorted(kept.spins)[: -(-len(kept.spins) // 2)])))
+        slowest = max(slowest, kept.spin_ms())
         us = round(kept.timing().seconds * 1e6 / count, 2)
         rows.append(KernelTime(case.op, case.bits, case.block, case.k, case.n, point.m, spin.threads, us, case.symmetric, point.context))
     return Timed(tuple(rows), slowest)
@@ -101,7 +111,7 @@ def time_case(case: Case, points: Sequence[Point], spin: Spin, seconds: float) -
 def _beside(spin: Spin, work: Callable[[], object], seconds: float) -> Samples:
     """Runs of `work` for about `seconds`, after one to warm up, at least three, with a reading of the reference kernel after every BLOCK_S of them."""
     work()
-    kept, deadline = Samples(), time.perf_counter() + seconds
+    kept, deadline, before = Samples(), time.perf_counter() + seconds, spin.time_ms()
     while len(kept.seconds) < RUNS_LEAST or time.perf_counter() < deadline:
         block: list[float] = []
         while sum(block) < BLOCK_S and not (len(block) >= RUNS_LEAST and time.perf_counter() > deadline):
@@ -109,5 +119,7 @@ def _beside(spin: Spin, work: Callable[[], object], seconds: float) -> Samples:
             work()
             block.append(time.perf_counter() - started)
         kept.seconds += block
-        kept.spins += [spin.time_ms()] * len(block)
+        after = spin.time_ms()
+        kept.spins += [max(before, after)] * len(block)
+        before = after
     return kept

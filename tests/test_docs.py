@@ -214,7 +214,8 @@ def test_constants_in_the_prose_are_the_codes() -> None:
     assert f"about {budget.window_ms:.0f} ms" in verdicts and f"more than {TOLERANCE} times" in verdicts
     assert f"{bench.prompt_tokens} random prompt tokens and {bench.new_tokens} greedy tokens" in verdicts
     assert (
-        f"PASS may be told from {collect.FIRST_PASS_LOOK} and FAIL from {collect.FIRST_FAIL_LOOK} samples on" in verdicts
+        f"nothing is told before {collect.FIRST_LOOK} samples" in verdicts
+        and f"{collect.SLOW_SPELL} requests on average" in verdicts
         and judge.FRESH_PROCESSES + 1 == 3
         and "three fresh processes" in verdicts
     )

@@ -98,7 +98,7 @@ def export_encoder(
     if mode is not None:
         add_pooling(graph, mode, unit)
     directory.mkdir(parents=True, exist_ok=True)
-    seen = observed(checkpoint, plan, directory) if plan is not None and scheme.kernel == "rows" else {}
+    seen = observed(checkpoint, plan, directory) if plan is not None and scheme.kernel in ("rows", "dynamic") else {}
     with DataFile(directory / "model.onnx.data") as data:
         matrices = Weights(graph, tensors, scheme, data, progress, checkpoint.origin, seen).lower()
     finish(graph)

@@ -98,7 +98,7 @@ class Builder:
         parts = self.op("Split", [self.op("Reshape", [packed, self.width[3 * hidden]])], outputs=3, axis=-1, num_outputs=3)
         attended = self.op("MultiHeadAttention", [*parts, None, self.mask, bias], domain=MICROSOFT, num_heads=plan.heads, mask_filter_value=MASKED)
         attended = self.op("Reshape", [attended, self.integers(-1, hidden)])
-        attended = self.linear(attended, [place + family.projections[3]], hidden, hidden)
+        attended = self.linear(attended, [place + family.projections[3]], hidden, hidden, even=True)
         x = self.norm(self.op("Add", [x, attended]), place + family.attention_norm, hidden)
         kind, settings = ACTIVATIONS[plan.activation]
         inner = self.op(kind, [self.linear(x, [place + family.up], plan.inner, hidden, normed=True)], **settings)
@@ -128,12 +128,13 @@ class Builder:
     def linear(self, x: ir.Value, names: Sequence[str], out: int, width: int, **facts: bool) -> ir.Value:
         """A placeholder for the matrices `names` [out, width] on top of each other and their biases.
 
-        facts for `encoder_weights`: tokens (True): over every token, so it takes the scheme; normed (False): x comes from a norm
+        facts for `encoder_weights`: tokens (True): over every token, so it takes the scheme; normed (False): x comes from a norm; even (False):
+        no channel of x is far larger than others
         """
         weights = [self.weight(f"{name}.weight", out, width) for name in names]
         biases = [self.weight(f"{name}.bias", out) for name in names]
         y = self.op("Linear", [x, self.joined(weights, out * len(names), width), self.joined(biases, out * len(names))], domain=PLACEHOLDER)
-        y.producer().meta.update({"tokens": True, "normed": False} | facts)
+        y.producer().meta.update({"tokens": True, "normed": False, "even": False} | facts)
         return y
 
     def norm(self, x: ir.Value, name: str, width: int) -> ir.Value:

@@ -4,17 +4,18 @@
 
 On x86 without VNNI the U8S8 kernel multiplies uint8 activations with int8 weights and adds two neighbouring products in 16 bits (vpmaddubsw), where
 255 * 128 fits and 255 * 129 does not. Bounding the pair and not each code (7 bits) costs half: root mean square error of normal weights 1.46 times that of
-full 8 bits, where 7 bits have 2. Hence the same file is right on every processor. Without the bound, `int8-dynamic` on this kernel lost the difference between
+full 8 bits, where 7 bits have 2. Hence the same file is right on every processor. Without the bound, one scale a call on this kernel lost the difference between
 0.9730 and 0.9807 (min cosine of all-MiniLM-L6-v2's sentence vectors, AVX2).
 
 Three forms (`compiler.scheme`), cosine to float32 of 32 sentences of all-MiniLM-L6-v2, English, Japanese, typos (min / mean), and the file:
     int8-stored    codes in groups of 32, float32 once at load and in arithmetic          0.9993 / 0.9998   25.0 MB   (float32: 90.3)
     int8           `encoder_rows`: half of the arithmetic in integers, one scale a token     0.9992 / 0.9997   29.3 MB
-    int8-dynamic   DynamicQuantizeMatMul: all of it, one activation scale a call             0.9807 / 0.9920   23.8 MB
+    int8-dynamic   all of it, one activation scale a call, wide channels float (VNNI)         0.9967 / 0.9990   25.0 MB
+    the same without wide channels                                                         0.9807 / 0.9920   23.8 MB
     onnxruntime's quantize_dynamic, per channel                                              0.9781 / 0.9896
     MatMulNBits 8 bits, groups of 128 / 32, accuracy_level 4                                 0.9932 / 0.9981 (min), and on AVX2 slower than float32
 Processor ms of 1x32 / 1x128 / 8x128, one thread, AVX2, a busy machine, least of an interleaved run: float32 13.1 / 46.5 / 363 (traced graph 14.1 / 49.8 / 402),
-int8 11.5 / 42.0 / 330, int8-dynamic 7.5 / 28.8 / 231, onnxruntime's quantize_dynamic 8.9 / 32.8 / 255.
+int8 11.5 / 42.0 / 330, DynamicQuantizeMatMul without wide channels 7.5 / 28.8 / 231, onnxruntime's quantize_dynamic 8.9 / 32.8 / 255.
 The short sentences ("Yes.", "ok thx") are the worst: few tokens to average over.
 """
 

@@ -7,6 +7,7 @@
    own bits, group size permitting; a width that none divides stays float.
 5. Everything else (norms, biases, positions) is float32 (float16 under fp16, cast once at load).
 6. Under `rows` a Linear behind a norm takes `encoder_rows`; any other is stored as float16 and multiplied in float32, and so is all of a traced graph.
+   Under `dynamic` so does every Linear of a built graph but attention's output, with one scale a call; a traced graph has no wide channels.
 One tensor is in memory at a time.
 """
 
@@ -23,7 +24,7 @@ from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_builder import PLACEHOLDER
 from compiler.graph.encoder_quantize import quantize_pairs
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
-from compiler.graph.encoder_rows import row_scaled_linear, wide_channels
+from compiler.graph.encoder_rows import call_scaled_linear, row_scaled_linear, wide_channels
 from compiler.graph.external_data import DataFile
 from compiler.graph.weights import finite
 from compiler.quantizers import nbits
@@ -55,7 +56,7 @@ class Weights:
     data: DataFile
     update: Update | None = None
     origin: str = ""
-    peaks: Mapping[str, np.ndarray] = field(default_factory=dict)  # weight -> largest magnitude of each input channel [in]; for `rows`
+    peaks: Mapping[str, np.ndarray] = field(default_factory=dict)  # weight -> largest magnitude of each input channel [in]; rule 6
     matrices: list[Matrix] = field(default_factory=list)
     stored: dict[str, list[ir.Value]] = field(default_factory=dict)
 
@@ -92,8 +93,8 @@ class Weights:
             raise ValueError(f"{node.name}: a Linear without input or weight")
         name, (out, width) = str(weight.name), (int(weight.shape[0]), int(weight.shape[1]))
         scheme = self.scheme_of(node, name)
-        if scheme.kernel == "rows":
-            self.lower_rows(node, source, weight, bias)
+        if scheme.kernel in ("rows", "dynamic") and name in self.peaks and not node.meta.get("even"):
+            self.lower_split(node, source, weight, bias)
             return
         if name not in self.stored:
             self.stored[name] = self.store_matrix(name, self.read(weight), scheme)
@@ -122,9 +123,10 @@ class Weights:
             return Scheme(16)
         return self.scheme
 
-    def lower_rows(self, node: ir.Node, source: ir.Value, weight: ir.Value, bias: ir.Value | None) -> None:
+    def lower_split(self, node: ir.Node, source: ir.Value, weight: ir.Value, bias: ir.Value | None) -> None:
         """Rule 6, by `encoder_rows`."""
         name, matrix = str(weight.name), self.read(weight)
+        lowered = row_scaled_linear if self.scheme.kernel == "rows" else call_scaled_linear
         wide = wide_channels(self.peaks[name])
         start = self.data.size
         rest = matrix.copy()
@@ -134,7 +136,7 @@ class Weights:
         parts = {"int8": codes, "scales": scales, "offset": offset, "wide": np.ascontiguousarray(matrix[:, wide].T)}
         stored = [self.put(name, suffix, array) for suffix, array in parts.items()]
         self.matrices.append(Matrix(name, matrix.shape, str(self.scheme), self.data.size - start))
-        replace(node.outputs[0], row_scaled_linear(node, source, stored, wide, matrix.shape[1]))
+        replace(node.outputs[0], lowered(node, source, stored, wide, matrix.shape[1]))
         self.model.graph.remove(node, safe=True)
 
     def store_matrix(self, name: str, weight: np.ndarray, scheme: Scheme) -> list[ir.Value]:

@@ -5,8 +5,9 @@ Rules:
 2. Accuracy metrics are estimates on the evaluation data: PASS when the 95 % bound on the bad side keeps the limit, FAIL
    when the bound on the good side misses it, INCONCLUSIVE between. A metric without bounds is compared as it is. Only
    exact intervals state a false-pass probability: a bootstrap's coverage is approximate, and the check says so.
-3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`).
-4. Peak memory, load time and cold start take the worst of several fresh processes; throughputs are the median over requests.
+3. Latency percentiles follow the exact binomial rule at 99 % (design section 7, `runtimes.metrics.percentile_test`); so do throughputs, by the median over
+   requests. The sampler has judged them (`runtimes.collect`), and knows how far they depend on each other.
+4. Peak memory, load time and cold start take the worst of several fresh processes.
 5. Where a bundle serves unmerged adapters, an accuracy limit must hold for each of them: one check per adapter, `kl_mean@NAME`. A limit `noise.X` must hold
    for every kind of noise that was evaluated: `typos.X`, `casing.X` ...
 6. Time beside company (`runtimes.collect`, rule 4) passes limits as it is, and fails them only where it would if it were CROWDED times shorter.
@@ -24,8 +25,8 @@ import numpy as np
 
 from compiler.limits import BY_NAME, PERCENTILE, SCENE_PERCENTILE, Quantity, bare, covers, plain, quantity
 from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS, Check
-from runtimes.collect import CROWDED
-from runtimes.metrics import percentile_test
+from runtimes.collect import CROWDED, SLOW_SPELL
+from runtimes.metrics import design_effect, percentile_test, spell_effect
 
 ACCURACY_CONFIDENCE = 0.95
 PERCENTILES = (50, 90, 95, 99)
@@ -89,13 +90,11 @@ def _check(what: Quantity, limit: float, measured: Measured) -> Check:
     elif what.name in measured.scalars:
         found = _worst(what, limit, measured.scalars[what.name])
     elif what.name in measured.medians:
-        found = _median(what, limit, measured.medians[what.name])
+        found = _median(what, limit, measured.medians[what.name], measured)
     else:
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note="not measured for this kind of model or data")
-    if measured.crowded and found.outcome == FAIL and what.name in ("load_s", "cold_start_ms", *measured.medians):  # percentiles were judged so while sampling
-        alone = found.measured / CROWDED if what.at_most else found.measured * CROWDED
-        missed = alone > limit if what.at_most else alone < limit
-        found = found if missed else replace(found, outcome=INCONCLUSIVE, note=f"{found.note}; {measured.crowded}")
+    if measured.crowded and found.outcome == FAIL and what.name in ("load_s", "cold_start_ms"):  # requests were judged so while sampling
+        found = found if found.measured / CROWDED > limit else replace(found, outcome=INCONCLUSIVE, note=f"{found.note}; {measured.crowded}")
     if not measured.here and found.outcome != INFO:
         note = "measured on another machine than the target: never a verdict about it"
         note = f"emulation on another machine ({measured.emulated}): never a verdict about the target" if measured.emulated else note
@@ -147,7 +146,8 @@ def _percentile(what: Quantity, limit: float | None, percentile: float, samples:
     note = "; ".join(part for part in told if part)
     if not len(samples):
         return Check(what.name, float("nan"), what.unit, limit, INCONCLUSIVE, 0, note=note)
-    test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile))
+    effect = max(spell_effect(SLOW_SPELL), design_effect(samples, percentile))
+    test = measured.tests.get(what.name) or asdict(percentile_test(samples, limit, percentile, effect=effect))
     return Check(
         what.name,
         float("nan") if test["estimate"] is None else test["estimate"],
@@ -174,12 +174,15 @@ def _worst(what: Quantity, limit: float, values: Sequence[float]) -> Check:
     return Check(what.name, worst, what.unit, limit, PASS if worst <= limit else FAIL, len(values), min(values), worst, note="worst of fresh processes")
 
 
-def _median(what: Quantity, limit: float, values: Sequence[float]) -> Check:
-    """The median is at least the limit exactly when the 50th percentile of the negated values is at most the negated limit."""
-    test = percentile_test([-value for value in values], -limit, 50.0)
-    low, high = (None if bound is None else -bound for bound in (test.upper, test.lower))
-    middle = float(np.median(values))
-    return Check(what.name, middle, what.unit, limit, test.outcome, test.samples, low, high, test.confidence, test.false_pass, note="median over requests")
+def _median(what: Quantity, limit: float, values: Sequence[float], measured: Measured) -> Check:
+    """As the sampler judged it. A limit that is not positive needs no sampler: every rate is above it."""
+    note = "; ".join(part for part in ("median over requests", measured.crowded) if part)
+    if limit <= 0:
+        return Check(what.name, float(np.median(values)), what.unit, limit, PASS, len(values), note=note)
+    test = measured.tests[what.name]
+    middle = float("nan") if test["estimate"] is None else test["estimate"]
+    evidence = (test["samples"], test["lower"], test["upper"], test["confidence"], test["false_pass"])
+    return Check(what.name, middle, what.unit, limit, test["outcome"], *evidence, note=note)
 
 
 def _info(measured: Measured) -> list[Check]:

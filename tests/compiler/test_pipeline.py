@@ -264,12 +264,14 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},
         "batch": {"size": 3, "prompt_tokens": 16, "new_tokens": 4},
+        "slow_spell": 2,
     }
     (tmp_path / "control.jsonl").write_text("\n".join(json.dumps({"context": f"Machine {n} is", "continuation": "on"}) for n in range(6)))
     (tmp_path / "own.py").write_text("def words(row, output):\n    return len(output.split())\n")
     limits = {
         "server.latency_p50_ms": 1e6,
         "batch.tok_s": 1e-3,
+        "decode_tok_s": 1e-3,
         "cold_start_ms": 1e6,
         "noise.flips": 1.0,
         "control.completion_accuracy_drop_since_base": 1.0,
@@ -288,6 +290,9 @@ def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validati
         "PASS"
     }
     assert "scene server" in checks["server.latency_p50_ms"]["note"] and "rate_per_s 40" in checks["server.latency_p50_ms"]["note"]
+    rate = checks["decode_tok_s"]
+    assert "slow_spell 2" in checks["server.latency_p50_ms"]["note"] and rate["outcome"] in ("PASS", "INCONCLUSIVE")
+    assert rate["outcome"] != "PASS" or (rate["samples"] >= 60 and rate["low"] <= rate["measured"] <= rate["high"] and rate["confidence"] >= 0.99)
     assert document["latency"]["server.latency_ms"] or checks["server.latency_p50_ms"]["outcome"] == "INCONCLUSIVE"
     assert checks["typos.kl_mean"]["outcome"] == "INFO" and "typos.perplexity" not in checks
     assert document["robustness"] and document["side_effects"] and document["economics"]["inputs"]["watts"] == 10

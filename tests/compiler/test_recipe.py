@@ -129,7 +129,8 @@ def test_scenarios_on_the_command_line_are_laid_over_those_of_the_bundle():
     assert (found.server.rate_per_s, found.server.concurrency, found.batch.size, found.cold_start) == (2.0, 3, 4, None)
     server, batch = found.measurements({"server.latency_p99_ms": 9.0, "batch.tok_s": 1.0, "batch.latency_p50_ms": 5.0, "server.ttft_p50_ms": 0.0})[1::-1]
     assert server == {"scene": "server", "rate_per_s": 2.0, "concurrency": 3, "limits": {"server.latency_p99_ms": 9.0}}
-    assert batch == {"scene": "batch", "batch": 4, "limits": {"batch.latency_p50_ms": 5.0}}
+    assert batch == {"scene": "batch", "batch": 4, "limits": {"batch.tok_s": 1.0, "batch.latency_p50_ms": 5.0}}
+    assert found.options == {} and parse_scenarios(["slow_spell=10"], {"seconds": 200}, {}).options == {"slow_spell": 10.0, "seconds": 200.0}
     assert parse_scenarios([], {}, {}).measurements({"cold_start_ms": 5.0}) == [{"scene": "cold"}] * 5
 
 

@@ -129,7 +129,8 @@ SENTENCES = (
     "great service, will order again!",
     "Bitte um Rückruf unter +49 30 1234567 wegen der Reklamation vom 3. Mai.",
 )
-LIMIT_MB = {"int8": 29.5, "int8-stored": 26.0}
+LIMIT_MB = {"int8": 29.5, "int8-stored": 26.0, "int8-dynamic": 25.2}
+FLOORS = {"int8": (0.999, 0.9995), "int8-stored": (0.999, 0.9995), "int8-dynamic": (0.996, 0.999)}  # least and mean cosine
 
 
 @pytest.mark.real
@@ -152,7 +153,7 @@ def test_minilm_sentence_vectors(scheme: str, tmp_path: Path) -> None:
     assert sum(export.files.values()) / 1e6 <= LIMIT_MB[scheme]
     stored = {value.name: value.const_value.numpy() for value in ir.load(tmp_path / "model.onnx").graph.initializers.values()}
     signed = [np.abs(codes.astype(int)) for codes in stored.values() if codes.dtype == np.int8 and codes.ndim == 2]
-    assert len(signed) == (12 if scheme == "int8" else 0)  # queries, keys and values together, and up, of six layers
+    assert len(signed) == {"int8": 2, "int8-stored": 0, "int8-dynamic": 4}[scheme] * 6  # queries, keys and values together, and up; or all; of six layers
     for codes in signed:  # [in, out]: sums of two products that processors without VNNI take in 16 bits
         assert 255 * (codes[0::2] + codes[1::2]).max() < 2**15
     require_clean(tmp_path / "model.onnx")
@@ -165,5 +166,5 @@ def test_minilm_sentence_vectors(scheme: str, tmp_path: Path) -> None:
         with torch.no_grad():
             wanted = reference(torch.from_numpy(ids)).last_hidden_state.mean(1)[0].numpy()
         cosines.append(float(vector @ wanted / np.linalg.norm(vector) / np.linalg.norm(wanted)))
-    assert min(cosines) >= 0.999, f"min {min(cosines):.5f}, mean {np.mean(cosines):.5f}"
-    assert np.mean(cosines) >= 0.9995
+    least, mean = FLOORS[scheme]
+    assert min(cosines) >= least and np.mean(cosines) >= mean, f"min {min(cosines):.5f}, mean {np.mean(cosines):.5f}"

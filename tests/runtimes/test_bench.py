@@ -77,8 +77,8 @@ def test_options_survive_the_command_line() -> None:
         (["nowhere"], "found no such directory"),
         (["nowhere", "--limit", "ttft_p95_ms=nan"], "limit ttft_p95_ms: expected ttft, tpot or encode"),
         (["nowhere", "--limit", "speed=1"], "limit speed"),
-        (["nowhere", "--limit", "ttft_p95_ms"], "--limit: expected NAME=MS"),
-        (["nowhere", "--new-tokens", "1"], "new_tokens: expected a count >= 2"),
+        (["nowhere", "--limit", "ttft_p95_ms"], "--limit: expected NAME=NUMBER"),
+        (["nowhere", "--new-tokens", "1"], "new_tokens: expected a number >= 2"),
     ],
 )
 def test_mistakes_are_told_in_json(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

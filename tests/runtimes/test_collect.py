@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from runtimes.collect import FIRST_FAIL_LOOK, FIRST_PASS_LOOK, LEAST_EFFECT, Budget, Limit, Samples, collect, warm_up
-from runtimes.metrics import FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples
+from runtimes.collect import CROWDED, FIRST_LOOK, SLOW_SPELL, Budget, Limit, Samples, collect, warm_up
+from runtimes.metrics import FAIL, INCONCLUSIVE, LEAST_WORTH, PASS, look_confidence, min_samples, spell_effect
 from targets.errors import TrimtabError
 from targets.spin import Company, Spin, SpinReading
 
-P95_FIRST_LOOK = math.ceil(LEAST_EFFECT * min_samples(95, 0, look_confidence(1)))
+P95_FIRST_LOOK = math.ceil(spell_effect(SLOW_SPELL) * min_samples(95, 0, look_confidence(1)))
 
 
 class Script(Spin):
@@ -63,7 +63,36 @@ def test_a_clear_pass_takes_the_first_look_and_no_more() -> None:
 
 def test_a_clear_fail_is_told_at_the_first_look() -> None:
     ((_, test),) = run(constant(30.0), [Limit("ttft_ms", 95, 20.0)], budget()).tests
-    assert (test.outcome, test.samples) == (FAIL, FIRST_FAIL_LOOK)
+    assert (test.outcome, test.samples) == (FAIL, FIRST_LOOK)
+
+
+@pytest.mark.parametrize("limit", [5.0, 20.0])
+def test_spells_that_are_told_take_as_many_samples_as_tell_them(limit: float) -> None:
+    ((_, test),) = run(constant(10.0), [Limit("ttft_ms", 95, limit)], budget(slow_spell=10.0)).tests
+    worth = LEAST_WORTH if limit < 10 else min_samples(95, 0, look_confidence(1))
+    assert (test.outcome, test.samples, test.effect) == (FAIL if limit < 10 else PASS, 19 * worth, 19.0)
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(90.0, PASS), (110.0, FAIL), (100.0, PASS)])
+def test_a_rate_is_judged_by_its_median_from_below(limit: float, outcome: str) -> None:
+    samples = run(constant(100.0), [Limit("ttft_ms", 50, limit, at_least=True)], budget())
+    ((_, test),) = samples.tests
+    assert (test.outcome, test.samples, test.limit) == (outcome, FIRST_LOOK, limit)
+    assert (test.estimate, test.lower, test.upper) == pytest.approx((100.0, 100.0, 100.0))
+
+
+def test_a_rates_bounds_stand_the_right_way_round() -> None:
+    rng = np.random.default_rng(1)
+    ((_, test),) = run(iter(rng.uniform(90, 110, 10_000)), [Limit("ttft_ms", 50, 80.0, at_least=True)], budget()).tests
+    assert test.outcome == PASS and test.lower is not None and test.estimate is not None and test.upper is not None
+    assert 90 < test.lower < test.estimate < test.upper < 110
+
+
+@pytest.mark.parametrize(("limit", "beside"), [(90.0, PASS), (110.0, INCONCLUSIVE), (CROWDED * 90.0, INCONCLUSIVE), (CROWDED * 110.0, FAIL)])
+def test_company_fails_no_rate(limit: float, beside: str) -> None:
+    crowd = Script()
+    crowd.company = "other processes took the time of 1.0 processors"
+    assert run(constant(100.0), [Limit("ttft_ms", 50, limit, at_least=True)], budget(), crowd).tests[0][1].outcome == beside
 
 
 def test_a_close_call_ends_at_the_cap_without_a_verdict() -> None:
@@ -77,7 +106,7 @@ def test_a_close_call_ends_at_the_cap_without_a_verdict() -> None:
 def test_sampling_goes_on_until_every_limit_is_decided() -> None:
     samples = run(constant(10.0), [Limit("ttft_ms", 50, 20.0), Limit("ttft_ms", 95, 20.0), Limit("ttft_ms", 90, 5.0)], budget())
     assert [test.outcome for _, test in samples.tests] == [PASS, PASS, FAIL]
-    assert [test.samples for _, test in samples.tests] == [FIRST_PASS_LOOK, P95_FIRST_LOOK, FIRST_FAIL_LOOK]
+    assert [test.samples for _, test in samples.tests] == [FIRST_LOOK, P95_FIRST_LOOK, FIRST_LOOK]
 
 
 def test_disturbed_windows_are_dropped_and_counted() -> None:

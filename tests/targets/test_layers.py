@@ -130,7 +130,8 @@ def test_passes_leave_a_row_for_each_point(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     step = chains.step()
     assert all(row.us > 0 for row in rows) and step is not None and step[0] > 0 and all(len(kept.seconds) >= PASSES for kept in chains.samples.values())
-    assert len(chains.spins()) == sum(len(kept.seconds) for kept in chains.samples.values())
+    # one before each point of a pass and one after each sample
+    assert sum(len(kept.seconds) for kept in chains.samples.values()) + 3 <= len(chains.readings)
 
 
 def test_each_pass_opens_the_chains_anew_and_one_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

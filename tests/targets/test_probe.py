@@ -14,6 +14,7 @@ import pytest
 
 from targets.errors import TargetError
 from targets.kernels import COPIES_MOST, STREAM_BYTES, Case, Point, case_model, cases, copies, open_case, weight_bytes
+from targets.passes import CHAINS
 from targets.probe import probe, repeat
 from targets.profile import KernelTime, dump_profile, load_profile
 from targets.spin import Spin, apart
@@ -110,17 +111,22 @@ def test_times_are_positive_and_stand_in_the_columns() -> None:
     assert all(row.us > 0 for row in rows)
 
 
-class QuietChains:
-    """Passes without chains, whose readings were quick."""
+class ScriptedChains:
+    """Passes without chains; beside those of `slow` the reference kernel was slow, until each was timed so many times more."""
 
-    def __init__(self, spin: Spin) -> None:
-        self.spin, self.passes = spin, 0
+    def __init__(self, spin: Spin, slow: dict[int, int] | None = None) -> None:
+        self.spin, self.passes, self.slow = spin, 0, slow or {}
+        self.readings = [1.0] * 20
+
+    def time(self, place: int, seconds: float) -> None:
+        time.sleep(0.001)
+        self.slow[place] -= 1
+
+    def slowness(self) -> dict[int, float]:
+        return {place: 2.0 if looks > 0 else 1.0 for place, looks in self.slow.items()}
 
     def run(self, seconds: float) -> None:
         self.passes += 1
-
-    def spins(self) -> list[float]:
-        return [1.0] * 20
 
     def rows(self) -> list[KernelTime]:
         return []
@@ -138,13 +144,26 @@ def test_what_a_slow_stretch_fell_on_is_timed_again(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("targets.sweep.time_case", fake)
     rows = [(Case(op, 32, 0, 64, 1), (Point(1),)) for op in told]
     with Spin(1) as spin:
-        chains = QuietChains(spin)
+        chains = ScriptedChains(spin)
         seen: list[str] = []
         found = Sweep(rows, chains, time.perf_counter() + 0.5, lambda what, done: seen.append(what)).run()  # type: ignore[arg-type]
     assert [row.op for row in found] == list(told) and chains.passes == 3
     assert not any(what.startswith("Mul") and "again" in what for what in seen) and sum("Split" in what for what in seen) == 3
     # 10, 11, 12 at first; then the slowest: 13 (2.0 beside it, kept), 14 of Split; 15 of QuickGelu, 16 of Split (1.1 beside it, kept)
     assert [row.us for row in found] == [10.0, 16.0, 13.0]
+
+
+def test_chains_are_timed_again_before_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([9.0, 1.0])
+    monkeypatch.setattr("targets.sweep.time_case", lambda case, points, spin, seconds: Timed((), next(readings)))
+    seen: list[str] = []
+    with Spin(1) as spin:
+        chains = ScriptedChains(spin, {0: 0, 2: 2, 3: 1})
+        row = (Case("Mul", 32, 0, 64, 1), (Point(1),))
+        Sweep([row], chains, time.perf_counter() + 0.5, lambda what, done: seen.append(what)).run()  # type: ignore[arg-type]
+    assert chains.slow == {0: 0, 2: 0, 3: 0}
+    again = [what.removesuffix(", again") for what in seen if what.endswith(", again")]
+    assert again == [str(CHAINS[2][0]), str(CHAINS[3][0]), str(row[0]), str(CHAINS[2][0])]  # each slow one once before any of them twice
 
 
 def test_repeat_counts_and_orders() -> None:
