@@ -2,11 +2,15 @@
 
     python benchmarks/verdicts.py                     simulate; print a table and write results/verdicts.json
     python benchmarks/verdicts.py --plot              the power curve of that, docs/power.svg
+    python benchmarks/verdicts.py --known 20          the sampler at work on this machine: requests of known percentiles, each verdict in a fresh process
     python benchmarks/verdicts.py --real BUNDLE [--processes 20] [--kept FILE]      on this machine: series of fresh processes; run it again for more
     python benchmarks/verdicts.py --real BUNDLE --disturbed 2                       beside neighbours who come and go, or stay
 
 A process gives latencies whose 50th, 90th, 95th or 99th percentile is 1 exactly. At a limit of 1 every PASS and every FAIL is wrong; at another limit the
 share of PASS is the power.
+
+A known percentile is that of requests which wait for a drawn time, on the clock: the machine's speed has no part in it, its disturbances do. Each process
+judges one limit, 10 % above or below, as `compile` does: with the reference kernel, windows, looks and caps of `runtimes.collect`.
 
 On a real machine each fresh process gives a series of requests, for as long as `compile` measures at the most. Its percentile is the true one (of these
 seconds: the machine's speed wanders from minute to minute), and the series is judged at limits 10 % above and below it, by the sampler's own looks in its own
@@ -31,12 +35,15 @@ from numpy.typing import NDArray
 
 from compiler.judge import MEASURE_SECONDS
 from runtimes.bundle import open_bundle
-from runtimes.collect import SLOW_SPELL, Limit, Question
+from runtimes.collect import SLOW_SPELL, Budget, Call, Limit, Question, collect
 from runtimes.metrics import CONFIDENCE, FAIL, INCONCLUSIVE, PASS, look_confidence, min_samples, spell_effect
+from targets.machine import usable_cores
 from targets.profile import load_profile
+from targets.spin import Spin
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PLOT = Path(__file__).parent.parent / "docs" / "power.svg"
+WAIT_MS = 5.0  # a request of known length, where its percentile is 1
 SERIES = {"decoder": "tpot_ms", "encoder": "encode_ms"}
 SHORT: dict[str, Any] = {"prompt_tokens": 32, "new_tokens": 16, "length": 32}
 MOST = 2000  # requests; BenchOptions.most is larger, for short ones
@@ -175,6 +182,50 @@ def simulate(trials: int) -> dict[str, Any]:
     return {"errors": errors, "power": power}
 
 
+def waiting(process: Process, percentile: float, seed: int) -> Call:
+    """A request that takes WAIT_MS times the next value of the process, on the clock."""
+    drawn = iter(process(np.random.default_rng(seed), 100_000, percentile).tolist())
+
+    def request() -> dict[str, float]:
+        started = time.perf_counter()
+        end = started + WAIT_MS / 1e3 * next(drawn)
+        time.sleep(max(0.0, end - time.perf_counter() - 1e-3))
+        while time.perf_counter() < end:
+            pass
+        return {"wait_ms": (time.perf_counter() - started) * 1e3}
+
+    return request
+
+
+def live(job: tuple[str, float, float, int, float]) -> dict[str, Any]:
+    """One verdict at `factor` times the percentile of a process of PROCESSES."""
+    name, percentile, factor, seed, known_ms = job
+    with Spin(usable_cores(), known_ms=known_ms) as spin:
+        limit, budget = Limit("wait_ms", percentile, factor * WAIT_MS), Budget(least=1, seconds=MEASURE_SECONDS)
+        samples = collect(waiting(PROCESSES[name], percentile, seed), [limit], budget, spin)
+    (_, test), *_ = samples.tests
+    told = {"outcome": test.outcome, "samples": test.samples, "dropped": samples.dropped, "crowded": samples.crowded}
+    return {"process": name, "percentile": percentile, "limit": factor, **told}
+
+
+def known_percentiles(repeats: int, known_ms: float) -> list[dict[str, Any]]:
+    """`repeats` fresh processes, one after another, for each of two processes, percentiles and limits."""
+    import multiprocessing
+
+    rows = []
+    for name in ("independent", "AR(1) 0.6"):
+        for percentile in (50.0, 95.0):
+            for factor in (1.1, 0.9):
+                with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                    found = pool.map(live, [(name, percentile, factor, seed, known_ms) for seed in range(repeats)], chunksize=1)
+                rows += found
+                outcomes = [row["outcome"] for row in found]
+                told = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in (PASS, FAIL, INCONCLUSIVE))
+                middle, dropped = np.median([row["samples"] for row in found]), sum(row["dropped"] for row in found)
+                print(f"{name:12s} p{percentile:.0f} limit {factor}: {told}; {middle:.0f} samples, {dropped} dropped in all", flush=True)
+    return rows
+
+
 def collected(bundle: Path, processes: int, kept: Path, known_ms: float) -> None:
     """One piece: fresh processes, MEASURE_SECONDS each, without limits. Appends their series to `kept`."""
     from runtimes.bench import BenchOptions, measure_in_child
@@ -264,6 +315,7 @@ def plotted(power: Sequence[Mapping[str, Any]], file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--known", type=int, default=0, metavar="REPEATS", help="live verdicts on requests of known percentiles, this many of each kind")
     parser.add_argument("--real", type=Path, metavar="BUNDLE")
     parser.add_argument("--processes", type=int, default=20, help="of this piece")
     parser.add_argument("--kept", type=Path, default=Path("verdicts-series.json"), help="where pieces add their series")
@@ -276,12 +328,14 @@ def main() -> int:
         plotted(known["simulated"]["power"], PLOT)
         return 0
     known_ms = load_profile("here").spin_ms or 0.0 if given.spin_ms is None else given.spin_ms
-    if given.real and given.disturbed:
+    if given.known:
+        found: dict[str, Any] = {"known": known_percentiles(given.known, known_ms)}
+    elif given.real and given.disturbed:
         series = SERIES[open_bundle(given.real).kind]
         if series not in known.get("real", {}):
             parser.error(f"--disturbed: expected {series} of undisturbed processes in {RESULTS.name}, found none; run --real BUNDLE alone first")
         rows = disturbed(given.real, known["real"][series], given.disturbed, known_ms)
-        found: dict[str, Any] = {"disturbed": {**known.get("disturbed", {}), series: rows}}
+        found = {"disturbed": {**known.get("disturbed", {}), series: rows}}
     elif given.real:
         if given.processes:
             collected(given.real, given.processes, given.kept, known_ms)

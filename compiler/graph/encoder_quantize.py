@@ -4,8 +4,8 @@
 
 On x86 without VNNI the U8S8 kernel multiplies uint8 activations with int8 weights and adds two neighbouring products in 16 bits (vpmaddubsw), where
 255 * 128 fits and 255 * 129 does not. Bounding the pair and not each code (7 bits) costs half: root mean square error of normal weights 1.46 times that of
-full 8 bits, where 7 bits have 2. Hence the same file is right on every processor. Without the bound, one scale a call on this kernel lost the difference between
-0.9730 and 0.9807 (min cosine of all-MiniLM-L6-v2's sentence vectors, AVX2).
+full 8 bits, where 7 bits have 2. Hence the same file is right on every processor. Without the bound, one scale a call on this kernel lost the difference
+between 0.9730 and 0.9807 (min cosine of all-MiniLM-L6-v2's sentence vectors, AVX2).
 
 Three forms (`compiler.scheme`), cosine to float32 of 32 sentences of all-MiniLM-L6-v2, English, Japanese, typos (min / mean), and the file:
     int8-stored    codes in groups of 32, float32 once at load and in arithmetic          0.9993 / 0.9998   25.0 MB   (float32: 90.3)
