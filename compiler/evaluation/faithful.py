@@ -68,9 +68,9 @@ def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Ma
             scheme = Scheme(16) if halved and not name.endswith("bias") else Scheme()
         weight = parameter.data.numpy()
         stored = made(fused) if made is not None and weight.ndim == 2 else None
-        if stored is None and scheme.kernel == "rows":
+        if stored is None and scheme.kernel in ("rows", "dynamic"):
             rest = weight.copy()
-            rest[:, kept[name]] = 0
+            rest[:, kept.get(name, [])] = 0
             weight -= rest - dequantize_channels(*quantize_pairs(rest.copy()))
         elif stored is None:
             round_through(weight, scheme)
@@ -97,8 +97,6 @@ def round_through(weight: np.ndarray, scheme: Scheme) -> None:
     """float32 [rows, width] -> the same array with what `scheme` stores of it."""
     if scheme.bits == 16:
         weight[...] = weight.astype(np.float16)
-    elif scheme.kernel == "dynamic":
-        weight[...] = dequantize_channels(*quantize_pairs(weight.copy()))
     elif scheme.kernel == "tokens":
         weight[...] = dequantize_rows(*quantize_rows(weight))
     elif scheme.quantized:
