@@ -171,8 +171,9 @@ def simulate(trials: int) -> dict[str, Any]:
             print(f"{name:22s} p{percentile}: false PASS {row['pass']:.2%}, false FAIL {row['fail']:.2%}", flush=True)
     for percentile in (50, 90, 95):
         for headroom in (0.9, 0.95, 0.98, 1.02, 1.05, 1.1, 1.2):
-            for name in ("independent", "AR(1) 0.6"):
-                row = {"process": name, "percentile": percentile, "limit": headroom, **rates(PROCESSES[name], percentile, headroom, trials // 5)}
+            for name in ("independent", "AR(1) 0.6", *SPELLS):
+                spell = SPELLS.get(name, SLOW_SPELL)
+                row = {"process": name, "percentile": percentile, "limit": headroom, **rates(PROCESSES[name], percentile, headroom, trials // 5, spell)}
                 power.append(row)
                 print(f"{name:22s} p{percentile} limit {headroom}: PASS {row['pass']:.1%}, FAIL {row['fail']:.1%}, {row['samples']:.0f} samples", flush=True)
     for rise in (0.2, 0.5, 1.0):
@@ -198,7 +199,7 @@ def waiting(process: Process, percentile: float, seed: int) -> Call:
 
 
 def live(job: tuple[str, float, float, int]) -> dict[str, Any]:
-    """One verdict at `factor` times the percentile of a process of PROCESSES, as on a machine that was not probed: a slow one cannot lengthen these requests."""
+    """One verdict at `factor` times the percentile of a process of PROCESSES; as where nobody probed, for a slow machine cannot lengthen these requests."""
     name, percentile, factor, seed = job
     with Spin(usable_cores()) as spin:
         limit, budget = Limit("wait_ms", percentile, factor * WAIT_MS), Budget(least=1, seconds=MEASURE_SECONDS)
