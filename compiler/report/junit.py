@@ -43,7 +43,7 @@ def suite_of(report: Report) -> ElementTree.Element:
     classname = f"trimtab.{dotless(report.name)}.{dotless(report.target_id or 'target')}"
     for check in report.verdict.checks if report.verdict else ():
         add_case(suite, classname, check)
-    if report.verdict is None or not report.verdict.limits:
+    if words.headline(report).outcome == words.NONE:
         case = ElementTree.SubElement(suite, "testcase", classname=classname, name="verdict", time="0")
         ElementTree.SubElement(case, "error", message=words.headline(report).title, type="NO VERDICT")
     counts = {kind: str(len(suite.findall(f"testcase/{kind}"))) for kind in ("failure", "error", "skipped")}

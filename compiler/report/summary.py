@@ -29,9 +29,9 @@ def summary_line(document: Mapping[str, Any] | Report) -> str:
     "FAIL support-assistant on here: 1 of 6 limits is missed: size on disk is 112 MB, allowed is at most 105 MB."
     """
     report = read_document(document)
-    outcome = report.verdict.outcome if report.verdict and report.verdict.limits else "NO VERDICT"
-    sentence = words.headline(report).sentence
-    return words.one_line(f"{outcome} {report.name} on {report.target_id or 'the target'}: {sentence}")
+    top = words.headline(report)
+    outcome = "NO VERDICT" if top.outcome == words.NONE else top.outcome
+    return words.one_line(f"{outcome} {report.name} on {report.target_id or 'the target'}: {top.sentence}")
 
 
 def print_report(document: Mapping[str, Any] | Report, console: Console | None = None) -> None:

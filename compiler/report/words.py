@@ -19,6 +19,7 @@ from compiler.report.verdict import FAIL, INCONCLUSIVE, INFO, PASS
 LOWER, HIGHER = "lower", "higher"
 PERCENTILE = re.compile(r"(?P<base>.+)_p(?P<percentile>\d+(?:\.\d+)?)(?:_(?P<unit>[a-z]+))?(?P<shape>@.+)?")
 SERIES = re.compile(r"(?P<base>.+?)(?:_(?P<unit>ms|s|us))?(?P<shape>@.+)?")
+NONE = "NONE"  # outcome of a headline where nothing was asked or nothing validated
 UNITLESS = {"", "1", "ratio", "share", "fraction", "none"}
 MARKS = {PASS: "✓", FAIL: "✗", INCONCLUSIVE: "?"}
 RESULTS = {PASS: "holds", FAIL: "missed", INCONCLUSIVE: "not proven"}
@@ -241,7 +242,7 @@ def headline(report: Report) -> Headline:
     """May this model go on that machine? In one title and one sentence."""
     target = machine_name(report)
     if report.verdict is None:
-        return Headline("NONE", f"No verdict: {report.name} has not been validated on {target}.", "Nothing in this report says that it may be released.")
+        return Headline(NONE, f"No verdict: {report.name} has not been validated on {target}.", "Nothing in this report says that it may be released.")
     limits = report.verdict.limits
     broken = [check for check in report.verdict.behaviours if check.outcome == FAIL]
     if broken:
@@ -250,7 +251,7 @@ def headline(report: Report) -> Headline:
         rest = f" {counted(missed, limits)} missed: {listed(missed)}." if missed else ""
         return Headline(FAIL, f"No: {report.name} must not go on {target}.", f"{faults}{rest}")
     if not limits:
-        return Headline("NONE", f"No decision: no limits were set for {report.name} on {target}.", "The figures below were measured, but nothing was promised.")
+        return Headline(NONE, f"No decision: no limits were set for {report.name} on {target}.", "The figures below were measured, but nothing was promised.")
     failed = [check for check in limits if check.outcome == FAIL]
     unproven = [check for check in limits if check.outcome == INCONCLUSIVE]
     if failed:

@@ -203,6 +203,10 @@ def test_a_broken_behaviour_speaks_before_limits(document: dict[str, Any]) -> No
     line = summary_line(document | {"verdict": verdict})
     assert line.startswith("FAIL support-assistant on here: 1 of 2 behaviours is broken: padding invariance is 0.2, allowed is at most 0.001")
     assert "1 of 2 behaviours hold" in printed(document | {"verdict": verdict}, terminal=False)
+    alone = document | {"verdict": verdict | {"checks": rows}}  # no limits at all: what is broken still fails
+    assert summary_line(alone).startswith("FAIL support-assistant on here: 1 of 2 behaviours is broken")
+    suite = ElementTree.fromstring(render_junit(alone)).find("testsuite")
+    assert suite is not None and (suite.get("failures"), suite.get("errors")) == ("1", "0")
 
 
 def test_junit_of_nothing_is_not_green() -> None:
