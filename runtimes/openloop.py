@@ -5,7 +5,8 @@
 2. An episode begins with an empty queue. Its first arrivals bring the queue to its usual length and do not count.
 3. The reference kernel is read between episodes: one that was disturbed is dropped as a whole.
 4. An episode ends at DEADLINE times its intended length. Who was not served by then has waited at least so long, and counts as that.
-5. utilisation = rate x mean service time / concurrency. At 1 or more the queue grows for as long as one measures: then no percentile is a PASS.
+5. utilisation = rate x mean service time / concurrency, of quiet episodes where there are any. At 1 or more the queue grows for as long as one
+   measures: then no percentile is a PASS.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
     lead = max(load.concurrency, round(LEAD_SHARE * count))
     questions = [Question(limit, budget.confidence, budget.slow_spell) for limit in limits]
     values: dict[str, list[float]] = {name: [] for name in known}
-    service: list[float] = []
+    service: list[float] = []  # of quiet episodes
+    disturbed_service: list[float] = []
     dropped = episodes = disturbed = 0
     lost, started, before = 0.0, time.perf_counter(), spin.read()
     while True:
@@ -121,8 +123,9 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
         served = every[lead:]
         after = spin.read()
         episodes += 1
-        if before.quiet and after.quiet:
-            service += [one.done - one.begun for one in every[:whole]]
+        quiet = before.quiet and after.quiet
+        (service if quiet else disturbed_service).extend(one.done - one.begun for one in every[:whole])
+        if quiet:
             values["server.latency_ms"] += [1e3 * (one.done - one.intended) for one in served]
             if "server.ttft_ms" in values:
                 values["server.ttft_ms"] += [1e3 * (one.first - one.intended) for one in served]
@@ -140,7 +143,7 @@ def open_loop(serve: Serve, load: Load, limits: Sequence[Limit], budget: Budget,
             break
     for question in questions:
         question.look(values[question.limit.series], last=True)
-    utilisation = load.rate_per_s * float(np.mean(service)) / load.concurrency if service else float("nan")
+    utilisation = load.rate_per_s * float(np.mean(service or disturbed_service or [seconds])) / load.concurrency
     crowded = spin.crowded()
     tests = tuple((one.limit, _sustained(one.result, utilisation, crowded)) for one in questions if one.result is not None)
     looks = max((question.looks for question in questions), default=0)

@@ -132,8 +132,9 @@ def test_utilisation_overload_and_dropped_episodes(monkeypatch: pytest.MonkeyPat
     assert 0.015 < used < 1 and samples.tests[0][1].outcome == "PASS" and len(samples.values["server.ttft_ms"]) >= 32
     (_, test), utilisation = (found := open_loop(sleeper(10.0), Load(400.0), [Limit("server.latency_ms", 50.0, 1e6)], budget, Quiet()))[0].tests[0], found[1]
     assert utilisation > 1 and test.outcome == "INCONCLUSIVE"  # under the limit while we looked, and growing
-    samples, _ = open_loop(sleeper(1.0), Load(200.0), [], Budget(least=4, most=4, seconds=1.0), Quiet((True, False)))
+    samples, used = open_loop(sleeper(1.0), Load(200.0), [], Budget(least=4, most=4, seconds=1.0), Quiet((True, False)))
     assert samples.dropped > 0 and samples.disturbed > 0 and not samples.values["server.latency_ms"]
+    assert used > 0.2  # of the disturbed ones, where there are no others
     with pytest.raises(TrimtabError, match=r"limits: expected series among server.latency_ms, server.ttft_ms, found server.tpot_ms"):
         open_loop(sleeper(1.0), Load(10.0), [Limit("server.tpot_ms", 50.0, 1.0)], budget, Quiet())
     with pytest.raises(TrimtabError, match="expected a positive rate"):
