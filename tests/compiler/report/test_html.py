@@ -119,6 +119,21 @@ def test_other_verdicts(request: pytest.FixtureRequest, fixture: str, outcome: s
     assert f'verdict {outcome}"' in text and title in Page(text).text
 
 
+def test_behaviours_that_hold_stand_apart_from_what_only_informs(document: dict[str, Any]) -> None:
+    row = {"measured": 0.25, "limit": 0.5, "kind": "behaviour"}
+    tried = {**row, "name": "activation_rounding", "outcome": "PASS"}
+    skipped = {**row, "name": "threads_2", "outcome": "INFO"}
+    broken = {**row, "name": "batch_invariance", "measured": 0.75, "outcome": "FAIL"}
+    checks = [*document["verdict"]["checks"], tried, skipped, broken]
+    page = Page(render_html(document | {"verdict": {"target": "here", "outcome": "FAIL", "checks": checks}})).text
+    limits, behaviours, infos = (
+        page.index(title) for title in ("The bar is what was measured", "one that is broken fails the verdict", "they do not change the verdict")
+    )
+    assert limits < page.index("batch invariance", limits) < behaviours < page.index("activation rounding", behaviours) < infos
+    assert "not tried" in page[behaviours:infos] and "≤ 0.5" in page[behaviours:infos]
+    assert not any(name in page[infos:].split("Latency")[0] for name in ("activation rounding", "threads 2", "batch invariance"))
+
+
 def test_same_document_same_bytes(document: dict[str, Any]) -> None:
     assert render_html(document) == render_html(document)
     assert not re.search(r"20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", render_html(document))
