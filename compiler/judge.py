@@ -18,8 +18,9 @@ from compiler.stages import package
 from compiler.stages.validate import FAITHFUL, Measured, built_in, checks, scene_of
 from compiler.store import writing
 from runtimes.behaviours import Finding, behaviours
-from runtimes.bench import RATES, BenchOptions, BenchResult, measure_in_child
+from runtimes.bench import BenchOptions, BenchResult, measure_in_child
 from runtimes.bundle import open_bundle
+from runtimes.collect import RATES
 from runtimes.confine import confinement
 from targets.machine import usable_cores
 from targets.profile import Profile, fingerprint, load_profile

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compiler.errors import RecipeError
 from compiler.limits import SCENE_PERCENTILE
-from runtimes.bench import RATES
+from runtimes.collect import RATES
 
 MEASURED = {"server": "{rate_per_s: 2}", "batch": "{size: 8}"}  # scenario -> an example of what it needs
 

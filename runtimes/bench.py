@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.bundle import Bundle, drop_from_cache, open_bundle
-from runtimes.collect import SLOW_SPELL, Budget, Call, Limit, Samples, collect
+from runtimes.collect import SLOW_SPELL, Budget, Call, Limit, Samples, collect, named_limit
 from runtimes.confine import Confinement, clean
 from runtimes.confine import command as confined
 from runtimes.decode import PREFILL_CHUNK
@@ -56,16 +56,13 @@ from targets.machine import fingerprint
 from targets.spin import Spin
 
 SCHEMA = 1
-LIMIT_NAME = re.compile(r"((?:server|batch)\.(?:latency|ttft)|ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
-RATES = ("prefill_tok_s", "decode_tok_s", "batch.tok_s", "batch.texts_s")  # a limit on one is on its median, from below
 SCENES = ("single", "batch", "server", "cold")
 REPORT_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Conditions of a measurement. limits: name -> ms (`tpot_p95_ms`) or, of RATES, the least that the median may be; names as in a recipe. batch and length
-    are an encoder's, the rest a decoder's.
+    """Conditions of a measurement. limits: name -> number, as `collect.named_limit` reads them. batch and length are an encoder's, the rest a decoder's.
 
     seconds caps the time of samples that count, max_seconds that of all sampling, disturbed windows included (0: three times `seconds`).
     slow_spell  requests that slow spells of the machine are taken to last on average, however few come (`runtimes.metrics.spell_effect`)
@@ -108,14 +105,7 @@ class BenchOptions:
 
     def parsed_limits(self) -> list[Limit]:
         """The limits as questions. Raises TrimtabError for a name that is not one, and for NaN."""
-        parsed = []
-        for name, value in self.limits.items():
-            match = LIMIT_NAME.fullmatch(name)
-            if not (match or name in RATES) or not 0 < value < float("inf"):
-                expected = f"ttft, tpot or encode, as in `ttft_p95_ms`, or {', '.join(RATES)}, and a positive number"
-                raise TrimtabError(f"limit {name}", expected=expected, found=repr(value), remedy="change the limit")
-            parsed.append(Limit(f"{match[1]}_ms", float(match[2]), value) if match else Limit(name, 50.0, value, at_least=True))
-        return parsed
+        return [named_limit(name, value) for name, value in self.limits.items()]
 
     def arguments(self) -> list[str]:
         """The same as a command line."""

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from runtimes.metrics import (
 from targets.errors import TrimtabError
 from targets.spin import Spin
 
+LIMIT_NAME = re.compile(r"((?:server|batch)\.(?:latency|ttft)|ttft|tpot|encode)_p(\d{1,2}(?:\.\d+)?)_ms")
+RATES = ("prefill_tok_s", "decode_tok_s", "batch.tok_s", "batch.texts_s")  # a limit on one is on its median, from below
 FIRST_LOOK = 32  # fewer samples cannot show how much they depend on each other
 SLOW_SPELL = 1.25  # requests that slow spells last on average, if nobody says otherwise: now and then two or three, where none has come yet
 CALIBRATIONS = 9
@@ -60,6 +63,15 @@ class Limit:
     percentile: float
     limit: float
     at_least: bool = False
+
+
+def named_limit(name: str, value: float) -> Limit:
+    """A limit by its name in a recipe: a percentile in ms (`ttft_p95_ms`, `server.latency_p99_ms`), or one of RATES. Raises TrimtabError."""
+    match = LIMIT_NAME.fullmatch(name)
+    if not (match or name in RATES) or not 0 < value < float("inf"):
+        expected = f"ttft, tpot or encode, as in `ttft_p95_ms`, or {', '.join(RATES)}, and a positive number"
+        raise TrimtabError(f"limit {name}", expected=expected, found=repr(value), remedy="change the limit")
+    return Limit(f"{match[1]}_ms", float(match[2]), value) if match else Limit(name, 50.0, value, at_least=True)
 
 
 @dataclass(frozen=True)
