@@ -2,7 +2,7 @@
 
     python -m runtimes.bench BUNDLE --json [--limit ttft_p95_ms=400]... [--prompt-tokens 128] [--new-tokens 32] [--prefill-chunk 256]
                              [--batch 1] [--length 128] [--threads 0] [--least 20] [--most 10000] [--seconds 120] [--seed 0] [--adapter NAME] [--progress]
-                             [--scene single|batch|server|cold] [--rate-per-s 2] [--concurrency 1] [--cores 1] [--memory-bytes 2000000000]
+                             [--slow-spell 1.25] [--scene single|batch|server|cold] [--rate-per-s 2] [--concurrency 1] [--cores 1] [--memory-bytes 2000000000]
 
 The protocol of the child process (`measure_in_child` is its other end). One JSON object on stdout, nothing else:
 
@@ -338,7 +338,7 @@ def _conditions(kind: str, options: BenchOptions) -> dict[str, Any]:
     names = ("prompt_tokens", "new_tokens", "prefill_chunk", "batch", "seed") if kind == "decoder" else ("batch", "length", "seed")
     asked = {"server": ("rate_per_s", "concurrency")}.get(options.scene, ())
     scene = {} if options.scene == "single" else {"scene": options.scene}
-    others = [name for name, usual in (("adapter", ""), ("slow_spell", SLOW_SPELL)) if getattr(options, name) != usual]
+    others = [*(["adapter"] if options.adapter else []), *(["slow_spell"] if options.scene != "cold" else [])]  # a verdict says what it assumes
     return {**scene, **{name: getattr(options, name) for name in (*names, *asked, *others)}}
 
 

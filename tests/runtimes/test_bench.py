@@ -49,7 +49,7 @@ def test_an_encoder(encoder_bundle: Callable[..., Path]) -> None:
     folder = encoder_bundle("sentence_embedding", pooled=True, max_length=32)
     options = BenchOptions(batch=2, length=16, least=5, most=2000, seconds=4.0, threads=1, limits={"encode_p50_ms": 1e4})
     result = bench.measure(folder, options)
-    assert list(result.series) == ["encode_ms"] and result.conditions == {"batch": 2, "length": 16, "seed": 0, "threads": 1}
+    assert list(result.series) == ["encode_ms"] and result.conditions == {"batch": 2, "length": 16, "seed": 0, "slow_spell": 1.25, "threads": 1}
     with pytest.raises(TrimtabError, match="length: expected at most 32 tokens"):
         bench.measure(folder, BenchOptions(length=33))
     with pytest.raises(TrimtabError, match="limits: expected series among encode_ms, found ttft_ms"):
