@@ -138,14 +138,15 @@ def _decoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
 
     spec = decoder_spec(config)
     layers = len(spec.layers)
-    operators = [Operator(use.case(), last=use.name == "lm_head") for use in uses if use.name != "model.embed_tokens"]
+    late = re.compile(rf"lm_head|model\.layers\.{layers - 1}\.(attn\.o_proj|mlp\..*)")  # behind the last attention, one token goes on
+    operators = [Operator(use.case(), last=bool(late.fullmatch(use.name))) for use in uses if use.name != "model.embed_tokens"]
     operators += [
         Operator(Case("GroupQueryAttention", 32, spec.head_size, spec.q_width, spec.kv_width), layers),
-        Operator(Case("SkipSimplifiedLayerNormalization", 32, 0, spec.hidden, 1), 2 * layers),
-        Operator(Case("Split", 32, 0, 2 * spec.intermediate, 1), layers),
-        Operator(Case("QuickGelu", 32, 0, spec.intermediate, 1), layers),
-        Operator(Case("Mul", 32, 0, spec.intermediate, 1), layers),
+        Operator(Case("RMSNormalization", 32, 0, spec.hidden, 1), 2 * layers - 1),
+        Operator(Case("RMSNormalization", 32, 0, spec.hidden, 1), 2, last=True),  # before the last MLP, before the head
     ]
+    for op, width in (("Split", 2 * spec.intermediate), ("QuickGelu", spec.intermediate), ("Mul", spec.intermediate)):
+        operators += [Operator(Case(op, 32, 0, width, 1), layers - 1), Operator(Case(op, 32, 0, width, 1), last=True)]
     # the lookup of a tied table keeps the codes beside the head's packed ones
     table = sum(use.bytes for use in uses if use.name == "lm_head" and spec.tied and use.scheme.quantized)
     return Workload(
@@ -168,7 +169,7 @@ def _encoder(config: Mapping[str, Any], uses: Sequence[MatrixUse]) -> Workload:
     per_row = [use for use in linear if re.search(r"pooler|classifier|head", use.name)]
     operators = [Operator(use.case(decoder=False), last=use in per_row) for use in linear]
     operators += [
-        Operator(Case("MultiHeadAttention", 32, hidden // heads, hidden, hidden), layers),
+        Operator(Case("Attention", 32, hidden // heads, hidden, hidden), layers),
         Operator(Case("SkipLayerNormalization", 32, 0, hidden, 1), 2 * layers + 2),  # the embeddings are added and normalised too
         Operator(Case("Split", 32, 0, 3 * hidden, 1), layers),
         Operator(Case("BiasGelu", 32, 0, inner, 1), layers),

@@ -7,8 +7,8 @@ The table's columns say what they mean by operator:
     MatMul, FusedMatMul              32   0          inputs       outputs     tokens   -
     DynamicQuantizeMatMul            8    0          inputs       outputs     tokens   -
     GroupQueryAttention              32   head size  query width  kv width    tokens   tokens in the cache before
-    MultiHeadAttention               32   head size  query width  kv width    tokens   -
-    norms, activations, Split, Mul   32   0          width        1           tokens   -
+    Attention                        32   head size  query width  kv width    tokens   -                                every token sees every one, by a mask
+    norms, activations, Split, Mul   32   0          width        1           tokens   -                                RMSNormalization with the Add before it
 
 How they are timed. One token (decode) streams its weights from memory, as a model larger than the caches does: the session holds as many copies of the node as
 fill STREAM_BYTES, and a run goes through all of them. Many tokens (prefill) do arithmetic: one or two copies. Either way the cost of starting a node is in the
@@ -111,17 +111,20 @@ def _group_query(case: Case, index: int) -> Part:
     return [node], {"cos": np.cos(angles), "sin": np.sin(angles)}, past, [Value(f"y{index}", (1, "m", case.k)), *present]
 
 
-def _multi_head(case: Case, index: int) -> Part:
-    node = Node(case.op, ["x", "x", "x"], [f"y{index}"], {"num_heads": case.k // case.block}, MICROSOFT)
+def _attention(case: Case, index: int) -> Part:
+    heads = case.k // case.block
+    node = Node(case.op, ["x", "x", "x", "mask"], [f"y{index}"], {"q_num_heads": heads, "kv_num_heads": heads})
     return [node], {}, [], [Value(f"y{index}", (1, "m", case.k))]
 
 
 def _norm(case: Case, index: int) -> Part:
     gamma = np.ones(case.k, np.float32)
-    constants: dict[str, NDArray[Any]] = {f"gamma{index}": gamma} | ({f"beta{index}": gamma} if case.op == "SkipLayerNormalization" else {})
-    outputs = [f"y{index}"] + (["", "", f"sum{index}"] if case.op == "SkipSimplifiedLayerNormalization" else [])
-    node = Node(case.op, ["x", "x", *constants], outputs, {"epsilon": 1e-5}, MICROSOFT)
-    return [node], constants, [], [Value(name, (1, "m", case.k)) for name in outputs if name]
+    output, total = (Value(f"{name}{index}", (1, "m", case.k)) for name in ("y", "sum"))
+    if case.op == "SkipLayerNormalization":
+        constants: dict[str, NDArray[Any]] = {f"gamma{index}": gamma, f"beta{index}": gamma}
+        return [Node(case.op, ["x", "x", *constants], [output.name], {"epsilon": 1e-5}, MICROSOFT)], constants, [], [output]
+    norm = Node(case.op, [total.name, f"gamma{index}"], [output.name], {"epsilon": 1e-5})
+    return [Node("Add", ["x", "x"], [total.name]), norm], {f"gamma{index}": gamma}, [], [output, total]
 
 
 def _pointwise(case: Case, index: int) -> Part:
@@ -145,8 +148,8 @@ OPERATORS: Mapping[str, Builder] = {
     "FusedMatMul": _matmul,
     "DynamicQuantizeMatMul": _dynamic,
     "GroupQueryAttention": _group_query,
-    "MultiHeadAttention": _multi_head,
-    "SkipSimplifiedLayerNormalization": _norm,
+    "Attention": _attention,
+    "RMSNormalization": _norm,
     "SkipLayerNormalization": _norm,
     "QuickGelu": _pointwise,
     "BiasGelu": _pointwise,
@@ -154,7 +157,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Split": _split,
 }
 MATRICES = ("MatMulNBits", "MatMul", "FusedMatMul", "DynamicQuantizeMatMul")
-ATTENTION = ("GroupQueryAttention", "MultiHeadAttention")
+ATTENTION = ("GroupQueryAttention", "Attention")
 
 SHAPES = ((512, 512), (2048, 512), (512, 4096), (2048, 4096))  # (K, N): corners; `targets.table` says how what lies between and beyond is read
 BLOCKS = ((4, 64), (4, 32), (8, 64), (8, 32), (4, 128), (8, 128), (8, 16))
@@ -172,14 +175,14 @@ def cases() -> Iterator[tuple[Case, tuple[Point, ...]]]:
             yield Case("MatMulNBits", bits, block, k, n), TOKENS
     for k, n, head in HEADS:
         yield Case("GroupQueryAttention", 32, head, k, n), CONTEXTS
-    for op in ("SkipSimplifiedLayerNormalization", "QuickGelu", "Mul", "Split", "SkipLayerNormalization", "BiasGelu"):
+    for op in ("RMSNormalization", "QuickGelu", "Mul", "Split", "SkipLayerNormalization", "BiasGelu"):
         for width in WIDTHS:
             yield Case(op, 32, 0, width, 1), TOKENS
     for op, bits in (("FusedMatMul", 32), ("MatMul", 32), ("DynamicQuantizeMatMul", 8)):
         for k, n in SHAPES:
             yield Case(op, bits, 0, k, n), TOKENS
     for k, head in ((384, 32), (768, 64)):
-        yield Case("MultiHeadAttention", 32, head, k, k), LENGTHS
+        yield Case("Attention", 32, head, k, k), LENGTHS
     for bits, block in BLOCKS[3:]:
         for k, n in SHAPES:
             yield Case("MatMulNBits", bits, block, k, n), TOKENS
@@ -210,6 +213,8 @@ def case_model(case: Case, count: int = 1) -> bytes:
     inputs = [input_value(case)]
     if case.op == "GroupQueryAttention":
         inputs += [Value("seqlens", (1,), INT32), Value("total", (1,), INT32)]
+    if case.op == "Attention":
+        inputs.append(Value("mask", (1, 1, "m", "m")))
     for index in range(count):
         made, weights, more, out = build(case, index)
         nodes += made
@@ -222,7 +227,7 @@ def case_model(case: Case, count: int = 1) -> bytes:
 def input_value(case: Case) -> Value:
     if case.op == "GroupQueryAttention":
         return Value("x", (1, "m", case.k + 2 * case.n))
-    if case.op == "MultiHeadAttention" or case.op.startswith("Skip"):
+    if case.op == "Attention" or "Normalization" in case.op:
         return Value("x", (1, "m", case.k))
     return Value("x", ("m", case.k))
 

@@ -47,7 +47,7 @@ def parts(layer: Case) -> Parts:
         matrices = ((width, 3 * width), (width, width), (width, inner), (inner, width))
         return (
             *((matrix_case(layer, k, n), 1) for k, n in matrices),
-            (Case("MultiHeadAttention", 32, ENCODER_HEAD, width, width), 1),
+            (Case("Attention", 32, ENCODER_HEAD, width, width), 1),
             (Case("SkipLayerNormalization", 32, 0, width, 1), 2),
             (Case("Split", 32, 0, 3 * width, 1), 1),
             (Case("BiasGelu", 32, 0, inner, 1), 1),
@@ -56,7 +56,7 @@ def parts(layer: Case) -> Parts:
     return (
         *((matrix_case(layer, k, n), 1) for k, n in matrices),
         (Case("GroupQueryAttention", 32, HEAD, width, kv_width(layer)), 1),
-        (Case("SkipSimplifiedLayerNormalization", 32, 0, width, 1), 2),
+        (Case("RMSNormalization", 32, 0, width, 1), 2),
         (Case("Split", 32, 0, 2 * inner, 1), 1),
         (Case("QuickGelu", 32, 0, inner, 1), 1),
         (Case("Mul", 32, 0, inner, 1), 1),
@@ -113,9 +113,8 @@ def decoder_layer(chain: Chain, index: int, total: str, branch: str) -> tuple[st
 
     def norm(place: str, total: str, branch: str) -> tuple[str, str]:
         out, added = f"{name}.{place}", f"{name}.{place}.sum"
-        inputs = [total, branch, chain.vector(f"{out}.gamma", width)]
-        chain.nodes.append(Node("SkipSimplifiedLayerNormalization", inputs, [out, "", "", added], {"epsilon": 1e-5}, MICROSOFT))
-        return out, added
+        chain.node("Add", [total, branch], added)
+        return chain.node("RMSNormalization", [added, chain.vector(f"{out}.gamma", width)], out, {"epsilon": 1e-5}), added
 
     x, total = norm("norm_0", total, branch)
     x = chain.matrix(x, width, width + 2 * kv, f"{name}.qkv")
@@ -150,8 +149,8 @@ def encoder_layer(chain: Chain, index: int, x: str) -> str:
 
     rows = chain.node("Reshape", [biased(x, width, 3 * width, "qkv"), "one_text"], f"{name}.rows")
     qkv = chain.node("Split", [rows], f"{name}.q", {"axis": 2, "num_outputs": 3}, outputs=3)
-    heads = {"num_heads": width // ENCODER_HEAD}
-    attended = chain.node("MultiHeadAttention", [qkv, f"{qkv}.1", f"{qkv}.2"], f"{name}.attn", heads, MICROSOFT)
+    heads = {"q_num_heads": width // ENCODER_HEAD, "kv_num_heads": width // ENCODER_HEAD}
+    attended = chain.node("Attention", [qkv, f"{qkv}.1", f"{qkv}.2", "mask"], f"{name}.attn", heads)
     attended = chain.node("Reshape", [attended, "tokens"], f"{name}.flat")
     x = norm(x, biased(attended, width, width, "out"), "norm_0")
     active = chain.node("Gelu", [biased(x, width, inner, "up")], f"{name}.act", {}, MICROSOFT)
@@ -164,6 +163,7 @@ def layer_model(layer: Case, count: int) -> bytes:
     flat = ("m", layer.k) if layer.op == ENCODER else (1, "m", layer.k)
     chain.inputs = [Value("x", flat)]
     if layer.op == ENCODER:
+        chain.inputs.append(Value("mask", (1, 1, "m", "m")))
         chain.constants |= {"one_text": np.array([1, -1, 3 * layer.k], np.int64), "tokens": np.array([-1, layer.k], np.int64)}
         x = "x"
         for index in range(count):

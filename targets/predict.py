@@ -31,7 +31,7 @@ ATTENTION_SHARE = 0.3  # of the fp32 GEMM rate
 REGION_US = 5.0  # a parallel region, where none was measured
 RUNTIME_BYTES = 120e6  # a process with onnxruntime, numpy, a tokenizer and a first cache, before any weights; measured 119-133 MB
 OPEN_MB_S = 400.0  # where none was measured
-NORMS, ACTIVATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"), ("QuickGelu", "BiasGelu")
+NORMS, ACTIVATIONS = ("RMSNormalization", "SkipLayerNormalization"), ("QuickGelu", "BiasGelu")
 REMEDY = "measure the machine: `trimtab targets probe --out machine.yaml`, or add the figure with its source to the profile"
 
 

@@ -109,7 +109,7 @@ def _gemm(op: str, bits: int, threads: int, seconds: float) -> tuple[float, Timi
 
 def _small(rows: int, threads: int, seconds: float) -> tuple[float, Timing]:
     """Microseconds of a run of one norm over `rows` short rows."""
-    case = Case("SkipSimplifiedLayerNormalization", 32, 0, 16, 1)
+    case = Case("SkipLayerNormalization", 32, 0, 16, 1)
     run = CaseRun(case, 1, open_model(case_model(case), threads))
     timing = repeat(run.bind(Point(rows)), seconds / 4)
     return timing.seconds * 1e6, timing

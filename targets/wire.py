@@ -18,7 +18,7 @@ FLOAT, UINT8, INT8, INT32, INT64, FLOAT16 = 1, 2, 3, 6, 7, 10  # TensorProto.Dat
 TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8, np.dtype(np.int32): INT32, np.dtype(np.int64): INT64}
 _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2  # AttributeProto.AttributeType
 MICROSOFT = "com.microsoft"
-IR_VERSION, OPSET = 10, 21
+IR_VERSION, OPSET = 10, 23
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LAST_TOKEN = "/last_token"
 def all_logits(model_path: Path, out_path: Path) -> None:
     """Derive the twin of a `logits="last"` graph that yields logits for every position.
 
-    requires  the gather `/last_token` of the decoder builder; `out_path` in the directory of `model_path`
+    requires  the gathers `/last_token...` of the decoder builder (older bundles have one, before the head); `out_path` in the directory of `model_path`
     ensures   logits float32 [batch, sequence, vocab]; no node left over; the same external data file, named by location, not copied
 
     Raises BundleError when the gather is not there, ValueError for another directory.
@@ -30,13 +30,11 @@ def with_all_logits(model_path: Path) -> ir.Model:
     """The same twin as a model in memory, its weights where they are. Raises BundleError when the gather is not there."""
     model = ir.load(model_path)
     graph = model.graph
-    gathers = [node for node in graph if node.name == LAST_TOKEN and node.op_type == "GatherND"]
-    if len(gathers) != 1:
-        raise BundleError(
-            str(model_path), expected=f"a decoder graph with one {LAST_TOKEN} gather", found=f"{len(gathers)}", remedy="give a graph of logits=last"
-        )
-    hidden = gathers[0].inputs[0]
-    ir.convenience.replace_all_uses_with(gathers[0].outputs[0], hidden)
+    gathers = [node for node in graph if str(node.name).startswith(LAST_TOKEN) and node.op_type == "GatherND"]
+    if not gathers:
+        raise BundleError(str(model_path), expected=f"a decoder graph with a {LAST_TOKEN} gather", found="none", remedy="give a graph of logits=last")
+    for gather in gathers:
+        ir.convenience.replace_all_uses_with(gather.outputs[0], gather.inputs[0])
     logits = next(value for value in graph.outputs if value.name == "logits")
     logits.shape = ir.Shape([logits.shape[0], "sequence_length", logits.shape[2]])
     remove_unused(graph)

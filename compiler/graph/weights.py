@@ -103,11 +103,18 @@ class WeightWriter:
         self._vectors[key] = self.data.add(name, (values + np.float32(offset)) * np.float32(scale))
         return self.graph.initializer(self._vectors[key])
 
-    def matrix(self, name: str, sources: Mapping[str, int], k: int, scale: float = 1.0, bias: bool = False) -> Matrix:
-        """Write one matrix of the graph: the `sources` (tensor name without `.weight` -> rows), stacked, times `scale`."""
+    def by_token(self, name: str) -> bool:
+        """Whether this graph is the second one and holds the first one's matrix `name` as `int8-rows`."""
+        return self.first is not None and prompt_scheme(name, self.first._written[name].scheme).kernel == "tokens"
+
+    def matrix(self, name: str, sources: Mapping[str, int], k: int, scale: float = 1.0, bias: bool = False, part_of: str = "") -> Matrix:
+        """Write one matrix of the graph: the `sources` (tensor name without `.weight` -> rows), stacked, times `scale`.
+
+        part_of: in a second graph, the first one's matrix whose rows these are, where that has another name.
+        """
         scheme = self.schemes.of(name)
         if self.first is not None:
-            given = self.first._written[name]
+            given = self.first._written[part_of or name]
             scheme = prompt_scheme(name, given.scheme)
             if scheme == given.scheme:
                 return given
@@ -199,7 +206,8 @@ class WeightWriter:
         bias = None if matrix.bias is None else graph.initializer(matrix.bias)
         scheme = matrix.scheme
         if scheme.kernel == "tokens":
-            y = self._times_rows(node, x, matrix)
+            codes, most = self.rounded(node, x)
+            y = graph.op(f"{node}/scale", "Mul", [self.product(node, codes, matrix), most])
             return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
         if scheme.quantized:
             zero_points = graph.initializer(matrix.tensors["zero_points"]) if "zero_points" in matrix.tensors else None
@@ -211,18 +219,24 @@ class WeightWriter:
         y = graph.op(node, "FusedMatMul", [x, self._widened(matrix, graph.initializer(matrix.tensors["weight"]))], MICROSOFT, transB=1)
         return y if bias is None else graph.op(f"{node}/bias", "Add", [y, bias])
 
-    def _times_rows(self, node: str, x: ir.Value, matrix: Matrix) -> ir.Value:
-        """x [..., k] -> [..., n] in 8-bit integers: each token is divided by its own largest value, so that one scale fits them all."""
+    def rounded(self, node: str, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """x [..., k] -> (codes uint8 [..., k], most [..., 1]): each token is divided by its own largest value, so that one scale fits them all."""
         graph, last = self.graph, self.graph.integers(-1)
         least = graph.constant("rows_least", np.array(1e-30, np.float32))  # a token of zeros stays one
         high = graph.op(f"{node}/high", "ReduceMax", [x, last], keepdims=1)
         low = graph.op(f"{node}/low", "ReduceMin", [x, last], keepdims=1)
         most = graph.op(f"{node}/most", "Max", [high, graph.op(f"{node}/depth", "Neg", [low]), least])
-        zero, step = graph.constant("rows_zero_point", np.array(128, np.uint8)), graph.constant("rows_step", np.array(1 / UNIT, np.float32))
-        codes = graph.op(f"{node}/codes", "QuantizeLinear", [graph.op(f"{node}/unit", "Div", [x, most]), step, zero])
-        weights = [graph.initializer(matrix.tensors[key]) for key in ("codes", "scales")]
-        y = graph.op(node, "MatMulIntegerToFloat", [codes, weights[0], step, weights[1], zero], MICROSOFT)
-        return graph.op(f"{node}/scale", "Mul", [y, most])
+        return graph.op(f"{node}/codes", "QuantizeLinear", [graph.op(f"{node}/unit", "Div", [x, most]), *self._token_step()]), most
+
+    def product(self, node: str, codes: ir.Value, matrix: Matrix) -> ir.Value:
+        """`rounded` tokens -> [..., n], still divided by the tokens' largest values."""
+        step, zero = self._token_step()
+        weights = [self.graph.initializer(matrix.tensors[key]) for key in ("codes", "scales")]
+        y: ir.Value = self.graph.op(node, "MatMulIntegerToFloat", [codes, weights[0], step, weights[1], zero], MICROSOFT)
+        return y
+
+    def _token_step(self) -> tuple[ir.Value, ir.Value]:
+        return self.graph.constant("rows_step", np.array(1 / UNIT, np.float32)), self.graph.constant("rows_zero_point", np.array(128, np.uint8))
 
     def _widened(self, matrix: Matrix, weight: ir.Value) -> ir.Value:
         if matrix.scheme.bits == 32:

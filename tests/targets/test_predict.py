@@ -64,8 +64,8 @@ def test_a_profile_that_knows_nothing_says_what_is_missing() -> None:
 
 
 def test_an_encoder_attends_row_by_row() -> None:
-    work = Workload("encoder", (Operator(Case("MultiHeadAttention", 32, 64, 512, 512)), Operator(MATRIX)), 0, 0)
-    rows = (*ROWS, *(KernelTime("MultiHeadAttention", 32, 64, 512, 512, m, 2, us) for m, us in ((32, 30.0), (128, 400.0))))
+    work = Workload("encoder", (Operator(Case("Attention", 32, 64, 512, 512)), Operator(MATRIX)), 0, 0)
+    rows = (*ROWS, *(KernelTime("Attention", 32, 64, 512, 512, m, 2, us) for m, us in ((32, 30.0), (128, 400.0))))
     told = predict(work, profile(kernels=rows), Conditions(batch=4, length=32)).figures["encode_ms"].value
     assert told == pytest.approx((50 + 4 * 30 + 1000) / 1e3)
 

@@ -28,8 +28,8 @@ CASES = [
     Case("MatMul", 32, 0, 64, 48),
     Case("FusedMatMul", 32, 0, 64, 48),
     Case("GroupQueryAttention", 32, 16, 64, 32),
-    Case("MultiHeadAttention", 32, 16, 64, 64),
-    Case("SkipSimplifiedLayerNormalization", 32, 0, 64, 1),
+    Case("Attention", 32, 16, 64, 64),
+    Case("RMSNormalization", 32, 0, 64, 1),
     Case("SkipLayerNormalization", 32, 0, 64, 1),
     Case("QuickGelu", 32, 0, 64, 1),
     Case("BiasGelu", 32, 0, 64, 1),
@@ -45,7 +45,7 @@ def test_onnx_itself_accepts_the_models(case: Case) -> None:
     model = onnx.load_from_string(case_model(case, 2))
     onnx.checker.check_model(model, full_check=case.op in ("MatMul", "Mul", "Split"))  # shapes of com.microsoft operators are not onnx's to know
     assert model.SerializeToString() == case_model(case, 2)  # byte for byte what protobuf would write
-    assert [node.op_type for node in model.graph.node] == [case.op] * 2
+    assert [node.op_type for node in model.graph.node if node.op_type != "Add"] == [case.op] * 2  # a norm comes with its Add
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.bits}")
