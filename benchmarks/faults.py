@@ -185,6 +185,11 @@ def attribute(part: str, name: str, value: float | int) -> Fault:
     return lambda g, at: g.attribute(g.node(at.node(part)), name, value)
 
 
+def heads_of(node: ir.Node, graph: Graph, count: int) -> None:
+    for name in ("q_num_heads", "kv_num_heads"):
+        graph.attribute(node, name, count)
+
+
 def whole(part: str, how: Change) -> Fault:
     return lambda g, at: everywhere(g, at.name(part), how)
 
@@ -225,8 +230,8 @@ DECODER: dict[str, Fault] = {
 # all-MiniLM-L6-v2, float: Gemm; 12 heads of 32, width 384. Four Gemm a layer: qkv, out, up, down
 ENCODER: dict[str, Fault] = {
     "encoder: epsilon": lambda g, at: g.attribute(g.typed("LayerNormalization", 2 * at.layer), "epsilon", 3e-2),
-    "encoder: number of heads": lambda g, at: g.attribute(g.typed("MultiHeadAttention", at.layer), "num_heads", 6),
-    "encoder: mask left out": lambda g, at: g.rewire(g.typed("MultiHeadAttention", at.layer), 4, None),
+    "encoder: number of heads": lambda g, at: heads_of(g.typed("Attention", at.layer), g, 6),
+    "encoder: mask left out": lambda g, at: g.rewire(g.typed("Attention", at.layer), 3, None),
     "encoder: bias dropped": lambda g, at: g.change(g.typed("Gemm", 4 * at.layer + 2).inputs[2].name, scaled(0.0)),
     "encoder: bias of another layer": lambda g, at: g.put(
         g.typed("Gemm", 4 * at.layer + 3).inputs[2].name, g.array(g.typed("Gemm", 4 * at.other + 3).inputs[2].name)

@@ -1,6 +1,8 @@
 """Run an encoder bundle: sentence vectors, classes of texts, classes of tokens. No torch.
 
 Texts are sorted by length and run in batches, so that a long one does not make short ones pay for its padding; results come back in the order asked.
+A batch runs in pieces of about RUN_TOKENS tokens, whose activations stay in the caches: 32 texts of 256 tokens of all-MiniLM-L6-v2 (int8-dynamic, two cores
+of a Zen 4) take 1.17 times as long in one piece as in eight, 32 of 64 tokens 1.08 times as long as in two. Smaller pieces are slower.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from targets.errors import BundleError, TrimtabError
 Text = str | tuple[str, str]  # one text, or a pair for models that compare two
 Floats = NDArray[np.float32]
 DEFAULT_MAX_LENGTH = 512
+RUN_TOKENS = 1024
 _ABSURD_LENGTH = 1_000_000  # tokenizer_config.json says 10**30 where nobody set a limit
 
 
@@ -122,13 +125,16 @@ class Encoder:
         return output
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """One run of the graph on ready tensors; the chosen output as it is. What a benchmark times."""
+        """The graph on ready tensors [batch, length], RUN_TOKENS at a time or one text; the chosen output as it is. What a benchmark times."""
+        batch, length = next(iter(feeds.values())).shape
+        step = max(1, RUN_TOKENS // max(1, length))
+        pieces = ({name: array[at : at + step] for name, array in feeds.items()} for at in range(0, max(1, batch), step))
         try:
-            output: NDArray[Any] = self._session.run([self._output], dict(feeds))[0]
+            outputs: list[NDArray[Any]] = [self._session.run([self._output], piece)[0] for piece in pieces]
         except RuntimeError as error:
             found = " ".join(str(error).split())[:300]
             raise BundleError("model.onnx", expected="a graph that runs", found=found, remedy="check the bundle with `trimtab verify`") from error
-        return output
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], types: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Tensors [batch, length] under the names that this graph has. Raises BundleError for a name that is not known."""

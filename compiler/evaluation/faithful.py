@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from compiler.evaluation.encoder import pool
 from compiler.graph.encoder_quantize import dequantize_channels, quantize_pairs
+from compiler.graph.encoder_rows import Channels, stored_factors
 from compiler.graph.passes import float_activations
 from compiler.quantizers import affine
 from compiler.quantizers.rows import dequantize_rows, quantize_rows
@@ -44,21 +45,22 @@ STEPS = 3
 BLOCK_ELEMENTS = 1 << 17
 
 Made = Callable[[str], np.ndarray | None]
-Wide = Mapping[str, np.ndarray]
+Factors = Mapping[str, np.ndarray]
 Layers = Sequence[Mapping[str, Any]]  # rows of export.json: name, scheme
 
 
-def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any], made: Made | None = None, wide: Wide | None = None) -> Any:
+def see_through(
+    model: Any, layers: Layers, facts: Mapping[str, Any], config: Mapping[str, Any], made: Made | None = None, factors: Factors | None = None
+) -> Any:
     """The torch model with every stored tensor as its scheme leaves it, in place; returns it.
 
     layers, facts  of export.json: name and scheme of each matrix; kind and default scheme of the model
-    wide           input channels that stay float, by matrix (`wide_inputs`)
+    factors        what a matrix's input channels are multiplied by, 0 where they stay float (`input_factors`)
     made           float32 [out, in] of the fused matrices that a calibrated quantizer made; None, or None for a name: round to nearest
     """
     places: dict[str, int] = {}  # rows of a fused matrix that are taken; parameters come in its order: q, k, v; gate, up
     schemes = {part: parse_scheme(row["scheme"]) for row in layers for part in str(row["name"]).split("+")}
     halved = facts["kind"] == "encoder" and facts["scheme"] == "fp16"  # an encoder's norms and positions are float16 too
-    kept = wide or {}
     prefix = str(getattr(model, "base_model_prefix", "") or "") if facts["kind"] == "encoder" else ""
     for full, parameter in model.named_parameters():
         name = canonical(full, prefix)  # encoders' rows are named without the base model's prefix
@@ -69,9 +71,9 @@ def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Ma
         weight = parameter.data.numpy()
         stored = made(fused) if made is not None and weight.ndim == 2 else None
         if stored is None and scheme.kernel in ("rows", "dynamic"):
-            rest = weight.copy()
-            rest[:, kept.get(name, [])] = 0
-            weight -= rest - dequantize_channels(*quantize_pairs(rest.copy()))
+            channels = Channels(np.asarray((factors or {}).get(name, np.ones(weight.shape[1], np.float32))), np.zeros(0, np.int64))
+            rest = channels.rest(weight)
+            weight -= (rest - dequantize_channels(*quantize_pairs(rest.copy()))) * channels.factors
         elif stored is None:
             round_through(weight, scheme)
         else:
@@ -81,16 +83,10 @@ def see_through(model: Any, layers: Layers, facts: Mapping[str, Any], config: Ma
     return model
 
 
-def wide_inputs(directory: Path) -> dict[str, np.ndarray]:
-    """Tensor -> indices of the input channels that an exported graph multiplies in float (`encoder_rows`): Gather(x, indices) -> Gemm with `NAME_wide`."""
-    found: dict[str, np.ndarray] = {}
-    for node in ir.load(directory / "model.onnx").graph:
-        weight = node.inputs[1] if node.op_type == "Gemm" and len(node.inputs) > 1 else None
-        picked = node.inputs[0].producer() if weight is not None and node.inputs[0] is not None else None
-        if weight is not None and str(weight.name).endswith("_wide") and picked is not None and picked.inputs[1] is not None:
-            indices = picked.inputs[1].const_value
-            found |= {part: indices.numpy() for part in str(weight.name).removesuffix("_wide").split("+") if indices is not None}
-    return found
+def input_factors(directory: Path) -> dict[str, np.ndarray]:
+    """Tensor -> what an exported graph multiplies its input channels by (`encoder_rows.Channels.factors`)."""
+    found = stored_factors(ir.load(directory / "model.onnx"))
+    return {part: factors for name, factors in found.items() for part in name.split("+")}
 
 
 def round_through(weight: np.ndarray, scheme: Scheme) -> None:

@@ -73,11 +73,11 @@ class Exported:
             layers = [{**row, "scheme": str(prompt_scheme(row["name"], parse_scheme(row["scheme"])))} for row in layers]
             by_row = {row["name"] for row in layers if row["scheme"] != first[row["name"]]}
             made = (lambda name: None if name in by_row else self.made(name)) if self.codes else None
-        return faithful.see_through(reference, layers, self.model, config, made, self.wide)
+        return faithful.see_through(reference, layers, self.model, config, made, self.factors)
 
     @property
-    def wide(self) -> dict[str, Any]:
-        return faithful.wide_inputs(self.directory) if self.model["kind"] == "encoder" else {}
+    def factors(self) -> dict[str, Any]:
+        return faithful.input_factors(self.directory) if self.model["kind"] == "encoder" else {}
 
     def made(self, name: str) -> Any:
         """float32 [out, in] of a matrix whose codes a calibrated quantizer made; None for others."""

@@ -29,14 +29,14 @@ from onnx_ir.passes import common
 
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import ArchitectureError
-from compiler.graph.encoder_builder import PLACEHOLDER, build_encoder
+from compiler.graph.encoder_builder import build_encoder
 from compiler.graph.encoder_families import EncoderPlan, plan_encoder
 from compiler.graph.encoder_fusions import fuse
 from compiler.graph.encoder_pooling import POOLINGS, add_pooling, configured_pooling
 from compiler.graph.encoder_rewrite import MICROSOFT, tidy
-from compiler.graph.encoder_rows import channel_peaks
+from compiler.graph.encoder_rows import channel_peaks, sample_tokens
 from compiler.graph.encoder_task import TASKS, infer_task, labels_of, max_length, task_config
-from compiler.graph.encoder_trace import OPSET, trace
+from compiler.graph.encoder_trace import trace
 from compiler.graph.encoder_weights import Matrix, Weights, unlowered
 from compiler.graph.external_data import DataFile, output_error
 from compiler.reference import drop_unused_pooler, match_tensors, skeleton
@@ -113,7 +113,7 @@ def observed(checkpoint: Checkpoint, plan: EncoderPlan, directory: Path) -> Mapp
     """`channel_peaks` of a float32 export that is gone again afterwards."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         export_encoder(checkpoint, Scheme(), Path(folder), task=plan.task, pooling="none")
-        return channel_peaks(Path(folder), plan.vocabulary, plan.positions)
+        return channel_peaks(Path(folder), sample_tokens(checkpoint, plan.vocabulary, plan.positions))
 
 
 def traced(checkpoint: Checkpoint, config: dict[str, Any], task: str) -> tuple[ir.Model, dict[str, TensorView], dict[str, int]]:
@@ -186,9 +186,9 @@ def finish(model: ir.Model) -> None:
     model.producer_name, model.producer_version, model.domain, model.model_version, model.doc_string = "trimtab", None, None, None, None
     model.metadata_props.clear()
     model.ir_version = IR_VERSION
+    opset = graph.opset_imports[""]
     graph.opset_imports.clear()
-    graph.opset_imports.update({"": OPSET, MICROSOFT: 1})
-    graph.opset_imports.pop(PLACEHOLDER, None)
+    graph.opset_imports.update({"": opset, MICROSOFT: 1})
 
 
 def save(model: ir.Model, path: Path) -> None:

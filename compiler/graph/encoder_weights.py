@@ -7,7 +7,7 @@
    own bits, group size permitting; a width that none divides stays float.
 5. Everything else (norms, biases, positions) is float32 (float16 under fp16, cast once at load).
 6. Under `rows` a Linear behind a norm takes `encoder_rows`; any other is stored as float16 and multiplied in float32, and so is all of a traced graph.
-   Under `dynamic` so does every Linear of a built graph but attention's output, with one scale a call; a traced graph has no wide channels.
+   Under `dynamic` so does every Linear of a built graph but attention's output, with one scale a call; a traced graph has neither factors nor wide channels.
 One tensor is in memory at a time.
 """
 
@@ -24,7 +24,7 @@ from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_builder import PLACEHOLDER
 from compiler.graph.encoder_quantize import quantize_pairs
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
-from compiler.graph.encoder_rows import call_scaled_linear, row_scaled_linear, wide_channels
+from compiler.graph.encoder_rows import call_scaled_linear, choose_channels, row_scaled_linear
 from compiler.graph.external_data import DataFile
 from compiler.graph.weights import finite
 from compiler.quantizers import nbits
@@ -127,16 +127,16 @@ class Weights:
         """Rule 6, by `encoder_rows`."""
         name, matrix = str(weight.name), self.read(weight)
         lowered = row_scaled_linear if self.scheme.kernel == "rows" else call_scaled_linear
-        wide = wide_channels(self.peaks[name])
+        channels = choose_channels(self.peaks[name], self.scheme.kernel == "dynamic", bool(node.meta.get("normed")))
         start = self.data.size
-        rest = matrix.copy()
-        rest[:, wide] = 0
-        codes, scales = quantize_pairs(rest)
+        codes, scales = quantize_pairs(channels.rest(matrix))
         offset = self.read(bias) if bias is not None else np.zeros(len(matrix), np.float32)
-        parts = {"int8": codes, "scales": scales, "offset": offset, "wide": np.ascontiguousarray(matrix[:, wide].T)}
+        parts = {"int8": codes, "scales": scales, "offset": offset}
+        if len(channels.wide):
+            parts["wide"] = np.ascontiguousarray(matrix[:, channels.wide].T)
         stored = [self.put(name, suffix, array) for suffix, array in parts.items()]
         self.matrices.append(Matrix(name, matrix.shape, str(self.scheme), self.data.size - start))
-        replace(node.outputs[0], lowered(node, source, stored, wide, matrix.shape[1]))
+        replace(node.outputs[0], lowered(node, source, stored, channels))
         self.model.graph.remove(node, safe=True)
 
     def store_matrix(self, name: str, weight: np.ndarray, scheme: Scheme) -> list[ir.Value]:

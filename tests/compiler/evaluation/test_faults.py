@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.faults import PARTS, Graph, blocks_swapped, everywhere, last_token_before, one_scaled, rows_zeroed, scaled, split_swapped
+from benchmarks.faults import PARTS, Graph, blocks_swapped, everywhere, heads_of, last_token_before, one_scaled, rows_zeroed, scaled, split_swapped
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.evaluation import faithful
 from compiler.graph.decoder import export_decoder
@@ -99,7 +99,7 @@ def export(name: str, folder: Path) -> Healthy:
     else:
         done = export_encoder(source, parse_scheme(scheme), folder, task=task)
         rows, facts = done.matrices, {"kind": "encoder", "scheme": scheme, "max_length": done.max_length, "pooling": done.pooling, "normalize": done.normalize}
-    model = faithful.see_through(reference_model(source, task), [asdict(row) for row in rows], facts, source.config, None, faithful.wide_inputs(folder))
+    model = faithful.see_through(reference_model(source, task), [asdict(row) for row in rows], facts, source.config, None, faithful.input_factors(folder))
     return Healthy(folder, facts, model)
 
 
@@ -170,7 +170,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "logits scale left out": ("granite", lambda g: g.change("model.norm.weight", scaled(4.0))),
     "halves of a fused matrix swapped": ("phi3", lambda g: g.change(f"{LAYER}.mlp.gate_up_proj.weight", blocks_swapped(0, 96))),
     "encoder: epsilon": ("roberta", lambda g: g.attribute(g.typed("LayerNormalization", 1), "epsilon", 3e-2)),
-    "encoder: number of heads": ("roberta", lambda g: g.attribute(g.typed("MultiHeadAttention"), "num_heads", 2)),
+    "encoder: number of heads": ("roberta", lambda g: heads_of(g.typed("Attention"), g, 2)),
     "encoder: bias of the activation dropped": ("roberta", lambda g: g.change(g.typed("MatMulNBits", 2).inputs[5].name, scaled(0.0))),
     "encoder: queries for keys": ("roberta", lambda g: split_swapped(g, g.typed("Split"))),
     "encoder: scales of another layer": (
