@@ -137,7 +137,7 @@ def last_token_before(graph: Graph) -> None:
 
 def pooled_with_padding(graph: Graph) -> None:
     """Padding counts half as much as tokens do."""
-    pooling = graph.typed("Unsqueeze")
+    pooling = graph.typed("Unsqueeze", -1)  # the first is the attentions' mask
     one = add_constant(graph.model.graph, "one_more", np.array(1, np.float32))
     graph.rewire(pooling, 0, insert(pooling, "Add", [pooling.inputs[0], one]).outputs[0])
 
