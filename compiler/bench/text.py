@@ -7,7 +7,9 @@ from typing import Any
 
 
 def figure(value: float) -> str:
-    """Four figures at most. 1234.5 -> 1234, 12.345 -> 12.35, 0.04567 -> 0.0457"""
+    """Four figures at most. 1234.5 -> 1234, 12.345 -> 12.3, 0.04567 -> 0.0457; near 1, where cosines live, four decimals: 0.99909 -> 0.9991"""
+    if 0.99 <= value < 1:
+        return f"{value:.4f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 

@@ -31,6 +31,25 @@ def test_vectors_come_back_in_order_whatever_the_batches(encoder_bundle: Callabl
     np.testing.assert_allclose(vectors, [expected_mean(folder, byte_tokenizer, text) for text in TEXTS], atol=1e-6)
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize(("run_tokens", "runs"), [(1, 7), (16, 4), (1000, 1)])
+def test_a_large_batch_runs_in_pieces(encoder_bundle: Callable[..., Path], pooled: bool, run_tokens: int, runs: int) -> None:
+    """7 texts of 8 tokens: two at a time fit 16 tokens, one is the least."""
+    encoder = Encoder.open(encoder_bundle("sentence_embedding" if pooled else "last_hidden_state", pooled=pooled), QUIET)
+    ids = np.random.default_rng(0).integers(0, 50, (7, 8))
+    feeds = encoder.feeds(ids, np.ones_like(ids), np.zeros_like(ids))
+    whole, session, sizes = encoder.run(feeds), encoder._session, []
+
+    class Counting:
+        def run(self, names: list[str], piece: dict[str, Any]) -> Any:
+            sizes.append(len(piece["input_ids"]))
+            return session.run(names, piece)
+
+    encoder._session, encoder.run_tokens = Counting(), run_tokens
+    np.testing.assert_array_equal(encoder.run(feeds), whole)
+    assert len(sizes) == runs and sum(sizes) == 7
+
+
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", False), ("mean", True), ("cls", True), (None, None)])
 def test_token_vectors_are_pooled_as_the_manifest_says(
     encoder_bundle: Callable[..., Path], byte_tokenizer: Any, pooling: str | None, normalize: bool | None
