@@ -2,8 +2,8 @@
 
 Texts are sorted by length and run in batches, so that a long one does not make short ones pay for its padding; results come back in the order asked.
 A batch runs in pieces, whose activations stay in the caches. all-MiniLM-L6-v2 on two cores of a Zen 4, by hand: int8-dynamic takes 1.25 times as long with 32
-texts of 256 tokens in one piece as in pieces of 1024 tokens, which take 1.06 times as long as pieces of 512 (6 to 7 % at 8 x 128 and 64 x 32 too); int8 and float32
-are fastest at 1024 to 2048.
+texts of 256 tokens in one piece as in pieces of 1024 tokens, which take 1.06 times as long as pieces of 512 (6 to 7 % at 8 x 128 and 64 x 32 too); int8 and
+float32 are fastest at 1024 to 2048.
 """
 
 from __future__ import annotations
