@@ -1,4 +1,4 @@
-"""Merge and save: trimtab beside PEFT on SmolLM2-135M, and trimtab's memory on synthetic llamas of 0.3 and 1.1 billion parameters.
+"""Merge and save: trimtab beside PEFT on SmolLM2-135M, and trimtab's memory on synthetic llamas of 0.3 and 1.1 billion parameters, merged and built to int4.
 
     python benchmarks/merge.py [--repeats 3] [--only peft|sizes] [--out benchmarks/results/merge.json]
 
@@ -109,6 +109,8 @@ def commands(work: Path, only: str | None) -> dict[str, list[str]]:
         adapter(work / f"{name}-lora", open_checkpoint(str(work / name)))
         merge = [sys.executable, "-m", "compiler", "merge", str(work / name), "--delta", str(work / f"{name}-lora"), "--out", str(work / "out")]
         made[f"trimtab merge {name}"] = merge
+        if name in SYNTHETIC:
+            made[f"trimtab build {name} int4-g64"] = [*merge[:3], "export", *merge[4:], "--scheme", "int4-g64"]
     return made
 
 
@@ -122,8 +124,11 @@ def measure(work: Path, repeats: int, only: str | None) -> list[dict[str, Any]]:
             costs.setdefault(name, []).append(timed(command))
     rows = []
     for name, values in costs.items():
-        for metric, unit, series in (("merge_s", "s", [cost[0] for cost in values]), ("merge_peak_rss", "MB", [cost[1] for cost in values])):
-            rows.append({"system": name, "metric": metric, "value": statistics.median(series), "unit": unit, "low": min(series), "high": max(series)})
+        what = "build" if " build " in name else "merge"
+        for metric, unit, series in (("s", "s", [cost[0] for cost in values]), ("peak_rss", "MB", [cost[1] for cost in values])):
+            rows.append(
+                {"system": name, "metric": f"{what}_{metric}", "value": statistics.median(series), "unit": unit, "low": min(series), "high": max(series)}
+            )
     return rows
 
 
