@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,11 @@ def commands(work: Path, only: str | None) -> dict[str, list[str]]:
         models.append("smollm2")
         made["PEFT merge and save"] = [sys.executable, "-c", PEFT, str(work / "smollm2"), str(work / "smollm2-lora"), str(work / "out")]
     if only != "peft":
+        base = open_checkpoint(BASE)
         for name, sizes in SYNTHETIC.items():
-            synthetic(work / name, sizes)
+            synthetic(work / name, replace(sizes, vocabulary=int(base.config["vocab_size"])))
+            for asset in ("tokenizer.json", "tokenizer_config.json"):  # an export wants one
+                (work / name / asset).write_bytes(base.assets[asset])
             models.append(name)
     for name in models:
         adapter(work / f"{name}-lora", open_checkpoint(str(work / name)))
