@@ -50,6 +50,7 @@ import onnx_ir as ir
 import tokenizers
 
 from compiler.checkpoints.view import Checkpoint
+from compiler.errors import CheckpointError
 from compiler.graph.encoder_rewrite import MICROSOFT, add_constant, insert, nodes
 from compiler.quantizers.windows import calibration_set
 
@@ -88,12 +89,19 @@ def choose_channels(peaks: np.ndarray, by_call: bool, normed: bool) -> Channels:
 
 
 def sample_tokens(checkpoint: Checkpoint, vocabulary: int, positions: int) -> np.ndarray:
-    """int64 [rows, ROW or positions / 2]: the built-in calibration text in the model's own tokens where it has a tokenizer, and random ones (seeded)."""
+    """int64 [rows, ROW or positions / 2]: the built-in calibration text in the model's own tokens where it has a tokenizer, and random ones (seeded).
+
+    Windows with tokens beyond the vocabulary are left out. Raises CheckpointError for a tokenizer.json that is none.
+    """
     length = min(ROW, positions // 2)
     drawn = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_ROWS, length))
     if "tokenizer.json" not in checkpoint.assets:
         return drawn
-    tokenizer = tokenizers.Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(checkpoint.assets["tokenizer.json"].decode())
+    except Exception as error:  # the library raises a bare Exception
+        expected, remedy = "a tokenizer of the tokenizers library", "restore the file from where the model came from"
+        raise CheckpointError(f"{checkpoint.origin}: tokenizer.json", expected=expected, found=" ".join(str(error).split())[:200], remedy=remedy) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     around = tokenizer.encode("").ids  # what stands before and behind every text

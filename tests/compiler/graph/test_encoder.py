@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -12,13 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tokenizers
 import torch
 
 import compiler.graph.encoder as encoder
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import ArchitectureError, CheckpointError, OutputError
 from compiler.graph.encoder import export_encoder
-from compiler.graph.encoder_rows import WIDE
+from compiler.graph.encoder_rows import RANDOM_ROWS, WIDE, choose_channels, sample_tokens
 from compiler.reference import reference_model
 from compiler.scheme import parse_scheme
 
@@ -276,3 +278,51 @@ class TestRows:
         for row in range(3):
             alone = session.run(None, {name: array[row : row + 1] for name, array in feeds().items()})[0]
             assert np.abs(alone[0] - together[row]).max() <= 1e-5
+
+
+class TestChannels:
+    """What is done to the inputs of a matrix in integers."""
+
+    def test_one_scale_a_call_pulls_loud_channels_together(self) -> None:
+        """Median 2: 4 is twice as large, 32 is beyond LOUD medians and stays float."""
+        peaks = np.array([1, 2, 2, 4, 2, 32, 2, 1], np.float32)
+        channels = choose_channels(peaks, by_call=True, normed=True)
+        assert channels.wide.tolist() == [5]
+        np.testing.assert_allclose(channels.factors, [1, 1, 1, 2**-0.8, 1, 0, 1, 1], rtol=1e-6)
+
+    def test_one_scale_a_token_leaves_the_others_as_they_are(self) -> None:
+        channels = choose_channels(np.arange(1, 81, dtype=np.float32), by_call=False, normed=True)
+        assert channels.wide.tolist() == list(range(64, 80)) and set(np.unique(channels.factors)) == {0.0, 1.0}
+
+    def test_factors_and_wide_part_are_the_product(self) -> None:
+        rng = np.random.default_rng(0)
+        x, weight = rng.standard_normal((5, 16)).astype(np.float32), rng.standard_normal((3, 16)).astype(np.float32)
+        x[:, 7] *= 100
+        channels = choose_channels(np.abs(x).max(0), by_call=True, normed=True)
+        assert 7 in channels.wide
+        got = (x * channels.factors) @ channels.rest(weight).T + x[:, channels.wide] @ weight[:, channels.wide].T
+        np.testing.assert_allclose(got, x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
+class TestSample:
+    """Tokens that the peaks are taken over."""
+
+    def tokenizer(self) -> bytes:
+        words = {word: index for index, word in enumerate(["[UNK]", "the", "of", "and"])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        return made.to_str().encode()
+
+    def test_text_in_the_model_s_own_tokens_and_random_ones(self) -> None:
+        given = dataclasses.replace(tiny_checkpoint(), assets={"tokenizer.json": self.tokenizer()})
+        rows = sample_tokens(given, vocabulary=50, positions=40)
+        assert rows.shape[1] == 20 and len(rows) > RANDOM_ROWS and rows[RANDOM_ROWS:].max() <= 3 and rows[:RANDOM_ROWS].max() > 3
+        assert sample_tokens(given, vocabulary=1, positions=40).max() == 0 < rows[RANDOM_ROWS:].max()  # windows with tokens that the model lacks are left out
+
+    def test_no_tokenizer_is_random_tokens_alone(self) -> None:
+        assert sample_tokens(dataclasses.replace(tiny_checkpoint(), assets={}), 50, 40).shape == (RANDOM_ROWS, 20)
+
+    def test_a_broken_tokenizer_is_named(self) -> None:
+        given = dataclasses.replace(tiny_checkpoint(), assets={"tokenizer.json": b'{"version": "1.0", "model": {"type": "Nonsense"}}'})
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            sample_tokens(given, 50, 40)
