@@ -1,5 +1,8 @@
 """The run: every round asks every system every question, in an order drawn anew, so that what drifts drifts for all.
 
+Each round has new processes, opened in an order drawn anew: two processes of one system, asked in turn, differ by up to 20 % for as long as they live
+(where their pages lie, most likely), and with one process a system that luck would stand in every round and in no interval.
+
 A sample is {"round", "system", "metric", "value"}; ratios are taken within a round (see `rows`).
 """
 
@@ -56,37 +59,37 @@ def run(entrants: Sequence[Entrant], questions: Sequence[Question], setting: Set
     """Round by round, its samples and what each system says about itself. Raises BenchError when a system fails."""
     live = [question for question in questions if not question.fresh]
     fresh = [question for question in questions if question.fresh]
-    context = max((question.context + NEW for question in live if question.context >= 0), default=0)
-    context = max([context, *(question.batch * question.length for question in live)])
     about: dict[str, Any] = {}
     started = time.perf_counter()
+    for number in range(setting.first_round, setting.first_round + setting.rounds):
+        if time.perf_counter() - started > setting.seconds:
+            break
+        order = random.Random(1000 * setting.seed + number)
+        samples = _round(entrants, live, setting, number, order, about) if live else []
+        for question in fresh:
+            for entrant in order.sample(list(entrants), len(entrants)):
+                samples += _samples(entrant.system.name, number, _fresh(entrant, question, setting, number))
+        yield samples, about
+        say(f"round {number + 1} after {time.perf_counter() - started:.0f} s")
+
+
+def _round(entrants: Sequence[Entrant], live: Sequence[Question], setting: Setting, number: int, order: random.Random, about: dict[str, Any]) -> list[Sample]:
+    """Samples of one round, from processes that live for it."""
+    context = max((question.context + NEW for question in live if question.context >= 0), default=0)
+    context = max([context, *(question.batch * question.length for question in live)])
+    samples: list[Sample] = []
     with ExitStack() as stack:
-        children = {}
-        for entrant in entrants if live else ():
-            child = children[entrant.system.name] = stack.enter_context(Child(entrant.system))
+        children = []
+        for entrant in order.sample(list(entrants), len(entrants)):
+            child = stack.enter_context(Child(entrant.system))
             about[entrant.system.name] = child.load(entrant.model, setting.threads, context)["about"]
             for question in live:
                 _answer(child, question, setting, -1)  # warm: the first call of a shape compiles, allocates, pages in
-            say(f"{entrant.system.name} is ready")
-        for number in range(setting.first_round, setting.first_round + setting.rounds):
-            if time.perf_counter() - started > setting.seconds:
-                break
-            yield _round(children, entrants, live, fresh, setting, number), about
-            say(f"round {number + 1} after {time.perf_counter() - started:.0f} s")
-
-
-def _round(
-    children: Mapping[str, Child], entrants: Sequence[Entrant], live: Sequence[Question], fresh: Sequence[Question], setting: Setting, number: int
-) -> list[Sample]:
-    order = random.Random(1000 * setting.seed + number)
-    samples: list[Sample] = []
-    for question in order.sample(live, len(live)):
-        for child in order.sample(list(children.values()), len(children)):
-            time.sleep(SETTLE_S)
-            samples += _samples(child.system.name, number, metrics(question, _answer(child, question, setting, number)))
-    for question in fresh:
-        for entrant in order.sample(list(entrants), len(entrants)):
-            samples += _samples(entrant.system.name, number, _fresh(entrant, question, setting, number))
+            children.append(child)
+        for question in order.sample(live, len(live)):
+            for child in order.sample(children, len(children)):
+                time.sleep(SETTLE_S)
+                samples += _samples(child.system.name, number, metrics(question, _answer(child, question, setting, number)))
     return samples
 
 
