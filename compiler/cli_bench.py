@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
 import click
@@ -38,7 +36,6 @@ def bench_command(bundles: tuple[Path, ...], against: str, only: str, as_json: b
     from compiler.bench.text import as_text
 
     request = BenchRequest(against=_names(against), only=_names(only), **options)  # type: ignore[arg-type]  # click has checked them
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children, most of them stopped, are ended too
     results = bench(bundles, request, progress(as_json))
     if as_json:
         print_json(results.rows)

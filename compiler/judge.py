@@ -9,6 +9,7 @@ from typing import Any
 
 from compiler.attached import heaviest
 from compiler.evaluation.attribution import blamed
+from compiler.graph.passes import float_twin
 from compiler.limits import PERCENTILE, bare, covers, plain
 from compiler.progress import Progress
 from compiler.record import Stopwatch
@@ -19,7 +20,7 @@ from compiler.stages.validate import FAITHFUL, Measured, built_in, checks, scene
 from compiler.store import writing
 from runtimes.behaviours import Finding, behaviours
 from runtimes.bench import BenchOptions, BenchResult, measure_in_child
-from runtimes.bundle import open_bundle
+from runtimes.bundle import Bundle, open_bundle
 from runtimes.collect import RATES
 from runtimes.confine import confinement
 from targets.machine import usable_cores
@@ -99,8 +100,9 @@ def measure(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, prog
     After `asked.max_seconds` no further process is started and no further sample taken: what is undecided then is INCONCLUSIVE.
     Of several unmerged adapters the one with the largest products answers: the others take less time and memory.
     """
-    watch, adapter = Stopwatch(), heaviest(open_bundle(bundle).model)
-    found = [behaviour_check(finding) for finding in behaviours(open_bundle(bundle), threads(profile), progress.update)]
+    watch, opened = Stopwatch(), open_bundle(bundle)
+    adapter = heaviest(opened.model)
+    found = [behaviour_check(finding) for finding in behaviours(opened, threads(profile), progress.update, float_twins(opened))]
     timed = {name: value for name, value in asked.limits.items() if (PERCENTILE.fullmatch(name) or name in SINGLE_RATES) and value > 0}
 
     def left() -> float:
@@ -167,6 +169,12 @@ def _gathered(bundle: Path, asked: Asked, known: Evaluated, profile: Profile, re
 def conditions(result: BenchResult) -> str:
     """ "scene server, prompt_tokens 128, new_tokens 32, ..." """
     return ", ".join(f"{key} {value}" for key, value in result.conditions.items() if key != "seed")
+
+
+def float_twins(bundle: Bundle) -> dict[str, bytes]:
+    """Graph file -> its twin with float32 activations (`Subject.twins`), for the graphs of a decoder that multiply integers."""
+    graphs = [graph for graph in (bundle.model_path, bundle.prompt_path) if graph is not None and bundle.kind == "decoder"]
+    return {graph.name: twin for graph in graphs if (twin := float_twin(graph)) is not None}
 
 
 def behaviour_check(finding: Finding) -> Check:

@@ -25,7 +25,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from runtimes.adapters import Adapters
 from runtimes.bundle import Bundle, open_bundle
-from runtimes.decode import DecodeLoop, Floats, open_graphs, read_layout
+from runtimes.decode import PROMPT_TOKENS, DecodeLoop, Floats, open_graphs, read_layout
 from runtimes.encode import Encoder
-from runtimes.session import ACCURACY, SessionSettings
+from runtimes.session import ACCURACY, SessionSettings, open_session
 from targets.errors import TrimtabError
 from targets.machine import usable_cores
 
@@ -82,12 +82,15 @@ def probes(vocab: int, lengths: Sequence[int] = LENGTHS, avoid: Sequence[int] = 
 
 
 class Subject:
-    """A bundle under test; sessions are opened once per setting."""
+    """A bundle under test; sessions are opened once per setting.
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        self.bundle, self.threads = bundle, threads or usable_cores()
+    twins  graph file -> the same graph with float32 activations, for graphs of which a setting of the session makes none: products of 8-bit integers
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0, twins: Mapping[str, bytes] | None = None) -> None:
+        self.bundle, self.threads, self.twins = bundle, threads or usable_cores(), twins or {}
         graph = bundle.model_path.read_bytes()
-        self.twin = ACCURACY in graph  # a graph without MatMulNBits is its own exact twin
+        self.twin = ACCURACY in graph or bundle.model_path.name in self.twins  # a graph without MatMulNBits is its own exact twin
         self.rounds = self.twin or any(name in graph for name in (b"DynamicQuantizeMatMul", b"MatMulIntegerToFloat"))
         self._open = cache(self._opened)
 
@@ -99,8 +102,16 @@ class Subject:
     def _opened(self, settings: SessionSettings) -> Any:
         if self.bundle.kind == "encoder":
             return Encoder(self.bundle, settings)
+        if settings.exact and self.bundle.model_path.name in self.twins:
+            return self._loop(self.exact(self.bundle.model_path))
+        return self._loop(*open_graphs(self.bundle, settings))
+
+    def exact(self, graph: Path) -> Any:
+        """A session of one graph with float32 activations."""
+        return open_session(graph, replace(EXACT, threads=self.threads), self.twins.get(graph.name))
+
+    def _loop(self, session: Any, prompts: Any = None) -> DecodeLoop:
         genai = self.bundle.read_json("genai_config.json")
-        session, prompts = open_graphs(self.bundle, settings)
         loop = DecodeLoop(session, read_layout(session, genai, str(self.bundle.directory)), int(genai["model"]["context_length"]), prompts)
         adapters = Adapters(self.bundle, session)
         loop.use(adapters.values(adapters.names[0] if adapters.names else ""))  # of several unmerged adapters the first answers
@@ -129,6 +140,13 @@ class Subject:
             ids[place, : len(row)], mask[place, : len(row)] = row, 1
         output = tool.run(tool.feeds(ids, mask, np.zeros_like(ids)))
         return output[:, 0] if output.ndim == 3 else output
+
+    def unrounded(self, row: Sequence[int]) -> Floats:
+        """Last-token logits [1, vocab] or the vector of a row as the graph that reads it gives them with float32 activations."""
+        prompt = self.bundle.prompt_path
+        if prompt is None or len(row) < PROMPT_TOKENS or prompt.name not in self.twins:
+            return self.answers(EXACT, [row])
+        return self._loop(self.exact(prompt)).start([row])
 
     def compare(self, name: str, run: Run, settings: SessionSettings = SHIPPED) -> Finding:
         """A finding of kind exact, or rounding where no exact twin exists (see the head of this file)."""
@@ -219,7 +237,7 @@ def activation_rounding(subject: Subject) -> Finding:
         return Finding("activation_rounding", "rounding", 0.0, limit, "no twin in float32 to compare with" if subject.rounds else "no 8-bit activations")
     rms = []
     for tokens in (row, row[:1]):
-        exact, shipped = (subject.answers(settings, [tokens]).astype(np.float64) for settings in (EXACT, SHIPPED))
+        exact, shipped = (answer.astype(np.float64) for answer in (subject.unrounded(tokens), subject.answers(SHIPPED, [tokens])))
         rms.append(float(np.sqrt(np.square(exact - shipped).mean()) / exact.std()))
     return Finding("activation_rounding", "rounding", max(rms), limit, f"root mean square: a prompt {rms[0]:.2g}, one token {rms[1]:.2g}")
 
@@ -293,9 +311,11 @@ COMMON: tuple[Callable[[Subject], Finding], ...] = (
 ROWS = {"decoder": (*COMMON, cache_equals_recompute, chunked_prompt), "encoder": COMMON}
 
 
-def behaviours(bundle: Bundle, threads: int = 0, report: Callable[[str, int, int], None] | None = None) -> list[Finding]:
-    """Every behaviour of the bundle's kind. Raises BundleError when it does not load or run at all."""
-    subject, found = Subject(bundle, threads), []
+def behaviours(
+    bundle: Bundle, threads: int = 0, report: Callable[[str, int, int], None] | None = None, twins: Mapping[str, bytes] | None = None
+) -> list[Finding]:
+    """Every behaviour of the bundle's kind. twins: as `Subject` takes them. Raises BundleError when it does not load or run at all."""
+    subject, found = Subject(bundle, threads, twins), []
     for row in ROWS[bundle.kind]:
         found.append(row(subject))
         if report is not None:

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from compiler.evaluation.encoder import pool
 from compiler.graph.encoder_quantize import dequantize_channels, quantize_pairs
 from compiler.graph.encoder_rows import Channels, stored_factors
-from compiler.graph.passes import float_activations
+from compiler.graph.passes import float_twin
 from compiler.quantizers import affine
 from compiler.quantizers.rows import dequantize_rows, quantize_rows
 from compiler.reference import canonical
@@ -120,8 +120,7 @@ def decoder_difference(model: Any, directory: Path, facts: Mapping[str, Any], na
     import torch
 
     genai = read_json_object(directory / "genai_config.json")
-    graph = ir.load(directory / name)
-    session = open_session(directory / name, EXACT, ir.to_proto(graph).SerializeToString() if float_activations(graph) else None)
+    session = open_session(directory / name, EXACT, float_twin(directory / name))
     loop = DecodeLoop(session, read_layout(session, genai, str(directory)), int(genai["model"]["context_length"]))
     loop.use(Adapters(Bundle(directory, {"model": facts}, "decoder", ()), session).values(""))
     lengths = [min(length, loop.context_length - STEPS) for length in LENGTHS]
@@ -141,9 +140,7 @@ def encoder_difference(model: Any, directory: Path, facts: Mapping[str, Any]) ->
     """The graph's output for a padded batch with both kinds of tokens, against torch."""
     import torch
 
-    graph = ir.load(directory / "model.onnx")
-    float_activations(graph)
-    session = open_session(directory / "model.onnx", EXACT, ir.to_proto(graph).SerializeToString())
+    session = open_session(directory / "model.onnx", EXACT, float_twin(directory / "model.onnx"))
     names = [node.name for node in session.get_inputs()]
     table = model.get_input_embeddings().weight
     rows = probes(len(table), [min(length, facts["max_length"]) for length in LENGTHS], [token for token in [model.config.pad_token_id] if token is not None])

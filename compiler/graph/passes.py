@@ -41,6 +41,12 @@ def with_all_logits(model_path: Path) -> ir.Model:
     return model
 
 
+def float_twin(model_path: Path) -> bytes | None:
+    """The graph of a file with `float_activations`, its weights where they are; None where it has no product of integers."""
+    model = ir.load(model_path)
+    return ir.to_proto(model).SerializeToString() if float_activations(model) else None
+
+
 def float_activations(model: ir.Model) -> int:
     """Replace DynamicQuantizeMatMul and MatMulIntegerToFloat by DequantizeLinear and MatMul: the same weights, activations in float32. Returns how many.
 

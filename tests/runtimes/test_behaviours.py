@@ -73,6 +73,24 @@ def test_eight_bit_activations_are_told_apart_from_faults(quantized: Path) -> No
     assert difference(left, right) > 1e-3  # the twin is another computation, or the test above says nothing
 
 
+def test_a_graph_for_prompts_is_held_against_its_own_weights(decoder: SimpleNamespace, tmp_path: Path, write_manifest: Callable[..., Path]) -> None:
+    """Not against those of the graph that decodes, which has two bits here: that difference is no rounding of activations."""
+    from compiler.checkpoints.resolve import open_checkpoint
+    from compiler.graph.decoder import export_decoder
+    from compiler.judge import float_twins
+    from compiler.scheme import Schemes, parse_scheme
+
+    folder = tmp_path / "prompts"
+    shutil.copytree(decoder.directory, folder)
+    export_decoder(open_checkpoint(str(decoder.directory.parent / "hf")), Schemes(parse_scheme("int2-g32")), folder, prompts=True)
+    write_manifest(folder, kind="decoder", task="text-generation", max_length=384, prompts="int8-rows")
+    bundle = open_bundle(folder)
+    twins = float_twins(bundle)
+    assert set(twins) == {"prompt.onnx"}
+    blind, seeing = (tried.activation_rounding(Subject(bundle, 1, known)).measured for known in ({}, twins))
+    assert 1e-3 < seeing < 0.25 < blind
+
+
 def test_a_cache_that_forgets_is_found(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = DecodeLoop.step
 
