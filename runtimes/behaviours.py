@@ -103,12 +103,8 @@ class Subject:
         if self.bundle.kind == "encoder":
             return Encoder(self.bundle, settings)
         if settings.exact and self.bundle.model_path.name in self.twins:
-            return self._loop(self.exact(self.bundle.model_path))
+            return self._loop(open_session(self.bundle.model_path, settings, self.twins[self.bundle.model_path.name]))
         return self._loop(*open_graphs(self.bundle, settings))
-
-    def exact(self, graph: Path) -> Any:
-        """A session of one graph with float32 activations."""
-        return open_session(graph, replace(EXACT, threads=self.threads), self.twins.get(graph.name))
 
     def _loop(self, session: Any, prompts: Any = None) -> DecodeLoop:
         genai = self.bundle.read_json("genai_config.json")
@@ -146,7 +142,7 @@ class Subject:
         prompt = self.bundle.prompt_path
         if prompt is None or len(row) < PROMPT_TOKENS or prompt.name not in self.twins:
             return self.answers(EXACT, [row])
-        return self._loop(self.exact(prompt)).start([row])
+        return self._loop(open_session(prompt, replace(EXACT, threads=self.threads), self.twins[prompt.name])).start([row])
 
     def compare(self, name: str, run: Run, settings: SessionSettings = SHIPPED) -> Finding:
         """A finding of kind exact, or rounding where no exact twin exists (see the head of this file)."""

@@ -1,7 +1,7 @@
 """The run: every round asks every system every question, in an order drawn anew, so that what drifts drifts for all.
 
-Each round has new processes, opened in an order drawn anew: two processes of one system, asked in turn, differ by up to 20 % for as long as they live
-(where their pages lie, most likely), and with one process a system that luck would stand in every round and in no interval.
+Each round has new processes, opened in an order drawn anew: two processes of one system, asked in turn, were seen to differ by 20 % for as long as they
+lived, and with one process a system that luck would stand in every round and in no interval.
 
 A sample is {"round", "system", "metric", "value"}; ratios are taken within a round (see `rows`).
 """

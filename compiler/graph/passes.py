@@ -42,9 +42,14 @@ def with_all_logits(model_path: Path) -> ir.Model:
 
 
 def float_twin(model_path: Path) -> bytes | None:
-    """The graph of a file with `float_activations`, its weights where they are; None where it has no product of integers."""
-    model = ir.load(model_path)
-    return ir.to_proto(model).SerializeToString() if float_activations(model) else None
+    """The graph of a file with `float_activations`, its weights where they are; None without products of integers. Raises BundleError for no such graph."""
+    try:
+        model = ir.load(model_path)
+        found = float_activations(model)
+    except Exception as error:  # protobuf's, onnx_ir's and ours share no base
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(str(model_path), expected="a graph as the exporter writes it", found=reason, remedy="build the bundle again") from error
+    return ir.to_proto(model).SerializeToString() if found else None
 
 
 def float_activations(model: ir.Model) -> int:

@@ -42,9 +42,18 @@ def folders(out):
     return sorted(path.name for path in out.iterdir()) if out.exists() else []
 
 
+def decided(trimtab, *arguments):
+    """A compile whose latency limit a busy host may leave open, as it should (exit code 4): then measured again, twice at most."""
+    for _ in range(3):
+        done = trimtab("compile", *arguments)
+        if done[0] != 4:
+            break
+    return done
+
+
 def test_pass_publishes_a_whole_bundle_and_the_second_build_is_cached(trimtab, recipe, tmp_path):
     path, out = recipe({"size_mb": 5, "kl_mean": 0.05, "ttft_p50_ms": 2000}), tmp_path / "out"
-    code, stdout, stderr = trimtab("compile", path, "--out", out)
+    code, stdout, stderr = decided(trimtab, path, "--out", out)
     assert code == 0, stderr
     assert "PASS" in stdout and folders(out) == ["tiny-here"]
     bundle = out / "tiny-here"
@@ -63,7 +72,7 @@ def test_pass_publishes_a_whole_bundle_and_the_second_build_is_cached(trimtab, r
     assert [record["stage"] for record in manifest["records"]] == ["merge", "export", "evaluate"]
     assert manifest["lineage"]["deltas"][0]["touched"] == 6
 
-    code, stdout, stderr = trimtab("compile", path, "--out", out, "--json")
+    code, stdout, stderr = decided(trimtab, path, "--out", out, "--json")
     (again,) = json.loads(stdout)
     assert code == 0 and {row["stage"]: row["cached"] for row in again["document"]["records"]}["export"]
     assert json.loads((bundle / "manifest.json").read_text())["digest"] == manifest["digest"]

@@ -89,6 +89,27 @@ def test_a_graph_for_prompts_is_held_against_its_own_weights(decoder: SimpleName
     assert set(twins) == {"prompt.onnx"}
     blind, seeing = (tried.activation_rounding(Subject(bundle, 1, known)).measured for known in ({}, twins))
     assert 1e-3 < seeing < 0.25 < blind
+    (folder / "prompt.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="expected a graph as the exporter writes it"):
+        float_twins(bundle)
+
+
+def test_a_decoder_in_integers_has_a_twin_of_its_own(decoder: SimpleNamespace, tmp_path: Path, write_manifest: Callable[..., Path]) -> None:
+    """`int8-rows`: every comparison on the twin runs under the settings that it asks for."""
+    from compiler.checkpoints.resolve import open_checkpoint
+    from compiler.graph.decoder import export_decoder
+    from compiler.judge import float_twins
+    from compiler.scheme import Schemes, parse_scheme
+
+    folder = tmp_path / "rows"
+    shutil.copytree(decoder.directory, folder)
+    export_decoder(open_checkpoint(str(decoder.directory.parent / "hf")), Schemes(parse_scheme("int8-rows")), folder)
+    bundle = open_bundle(write_manifest(folder, kind="decoder", task="text-generation", max_length=384))
+    subject = Subject(bundle, 1, float_twins(bundle))
+    one, two = (subject.opened(replace(tried.EXACT, threads=threads)) for threads in (1, 2))
+    assert one is not two and set(subject.twins) == {"model.onnx"}
+    assert 1e-3 < tried.activation_rounding(subject).measured < 0.25
+    assert [finding.name for finding in behaviours(bundle, 1, twins=subject.twins) if not finding.holds] == []
 
 
 def test_a_cache_that_forgets_is_found(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
