@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "side-by-side")
     given = parser.parse_args(arguments)
+    if unknown := set(given.subjects) - {row.name for row in SUBJECTS}:
+        parser.error(f"no subject {', '.join(sorted(unknown))}; choose of {', '.join(row.name for row in SUBJECTS)}")
     end_with_children()
     progress = Progress()
     for row in [row for row in SUBJECTS if row.name in (given.subjects or ("smollm2", "minilm"))]:

@@ -24,8 +24,8 @@ from compiler.cli_parts import AS_JSON, print_json, progress
 def bench_command(bundles: tuple[Path, ...], against: str, only: str, as_json: bool, **options: object) -> None:
     """Measure BUNDLES: decode and prefill speed, time to first token, memory, load time; beside peers also accuracy and ratios.
 
-    The first bundle is the system `trimtab`. Every system runs in a process of its own; each round asks all of them in turn, and the others are stopped
-    meanwhile.
+    The first bundle is the system `trimtab`. Every system runs in a process of its own, a new one in each round; a round asks all of them in turn, and the
+    others are stopped meanwhile.
 
     \b
     Example:
