@@ -48,6 +48,7 @@ def decided(trimtab, *arguments):
         done = trimtab("compile", *arguments)
         if done[0] != 4:
             break
+        print(*done[1:])  # what was left open, should the test fail
     return done
 
 
