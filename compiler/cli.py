@@ -247,7 +247,7 @@ def quantize_command(base: str, deltas: tuple[str, ...], scheme: str, out: Path,
 @cli.command("export")
 @click.argument("base")
 @DELTAS
-@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], as-is, int8, int8-stored, int8-dynamic, fp16, fp32.")
+@click.option("--scheme", default="fp32", show_default=True, help="intB-gN[-asym][-s16], as-is, int8, int8-stored, int8-dynamic[-vnni], fp16, fp32.")
 @click.option("--task", help="Encoder task; default: read from the checkpoint.")
 @OUT
 @AS_JSON

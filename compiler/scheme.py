@@ -31,7 +31,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 FORM = re.compile(r"int(?P<bits>[2-8])(-g(?P<group>\d+))?(-(?P<asym>asym|sym))?(-(?P<half>s16))?")
 KNOWN = (
     "intB-gN (B from 2 to 8; N in 16, 32, 64, 128, 256; append -asym for stored zero points, -s16 for float16 scales), "
-    "int8-rows (decoders), int8, int8-stored and int8-dynamic (encoders), fp16, fp32"
+    "int8-rows (decoders), int8, int8-stored, int8-dynamic and int8-dynamic-vnni (encoders), fp16, fp32"
 )
 NAMES = {"rows": "int8", "stored": "int8-stored", "dynamic": "int8-dynamic", "tokens": "int8-rows"}  # kernel -> its one scheme
 
@@ -53,6 +53,7 @@ class Scheme:
     symmetric: bool = True
     kernel: str = "float"
     half_scales: bool = False  # kernel scales are float16 in the file; the codes are chosen for the rounded scale
+    full_range: bool = False  # of `dynamic`: codes up to 127 whatever their neighbour, for processors that add products of 8 bits in 32 (VNNI)
 
     @property
     def kernel_bits(self) -> int:
@@ -72,7 +73,7 @@ class Scheme:
         if not self.quantized:
             return f"fp{self.bits}"
         if self.kernel in NAMES:
-            return NAMES[self.kernel]
+            return NAMES[self.kernel] + ("-vnni" if self.full_range else "")
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-s16' if self.half_scales else ''}"
 
@@ -136,7 +137,12 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
     return rows * (groups * (scheme.group_size * scheme.bits // 8 + (2 if scheme.half_scales else 4)) + zero_points)
 
 
-ENCODER_SCHEMES = {"int8": Scheme(8, None, True, "rows"), "int8-stored": Scheme(8, 32, True, "stored"), "int8-dynamic": Scheme(8, None, True, "dynamic")}
+ENCODER_SCHEMES = {
+    "int8": Scheme(8, None, True, "rows"),
+    "int8-stored": Scheme(8, 32, True, "stored"),
+    "int8-dynamic": Scheme(8, None, True, "dynamic"),
+    "int8-dynamic-vnni": Scheme(8, None, True, "dynamic", full_range=True),
+}
 DECODER_SCHEMES = {"int8-rows": Scheme(7, None, True, "tokens")}
 HEAD_OF_ROWS = Scheme(8, 64, True, "nbits")
 

@@ -142,10 +142,11 @@ class DecodeLoop:
         self._session, self._binding = session, session.io_binding()
         self._prompts, self._prompt_binding = prompts, prompts.io_binding() if prompts is not None else None
         self._cache: list[NDArray[Any]] = []
-        self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)  # [batch] tokens in the cache, without padding
+        self._lengths: list[int] = []  # tokens in the cache of each row, without padding
         self._capacity = 0
         self._ids = aligned_zeros((0, 1), np.int64)
         self._logits = aligned_zeros((0, 1, 0), layout.logits_dtype)
+        self._last = self._logits[:, 0]
         self._adapter: Mapping[str, Any] = {}
         self._kept = np.ones((), np.int64)
 
@@ -164,7 +165,7 @@ class DecodeLoop:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per row in the cache, [batch]."""
-        return self._lengths.copy()
+        return np.array(self._lengths, np.int64)
 
     def start(self, prompts: Sequence[Sequence[int]], *, chunk: int = 0, expect_new: int = 0) -> Floats:
         """Forget what was, run the prompts, return the logits after each last token [batch, vocab].
@@ -181,7 +182,7 @@ class DecodeLoop:
                 )
         longest = max(len(prompt) for prompt in prompts)
         self._reserve(len(prompts), longest + min(expect_new, FIRST_CAPACITY))
-        self._lengths = np.zeros(len(prompts), np.int64)
+        self._lengths = [0] * len(prompts)
         if len(prompts) > 1 or chunk <= 0:
             return self._prefill([list(prompt) for prompt in prompts])
         logits: Floats = np.zeros((1, self.layout.vocab_size), self.layout.logits_dtype)
@@ -189,13 +190,15 @@ class DecodeLoop:
             logits = self._prefill([list(prompts[0][at : at + chunk])])
         return logits
 
-    def step(self, ids: NDArray[np.int64] | Sequence[int], active: NDArray[np.bool_] | None = None) -> Floats:
+    def step(self, ids: NDArray[np.int64] | Sequence[int], active: Sequence[bool] | None = None) -> Floats:
         """Append one token per row, return the logits after it [batch, vocab]: a view that the next step overwrites.
 
         active [batch]: rows that are False have finished; they keep their length and their logits mean nothing.
+
+        Between two runs nothing is in the processor's caches, and the first call of each numpy function takes some 20 microseconds: hence plain Python.
         """
-        self._lengths += 1 if active is None else active
-        total = int(self._lengths.max())
+        self._lengths = [length + on for length, on in zip(self._lengths, active or [True] * len(self._lengths), strict=True)]
+        total = max(self._lengths)
         if total > self.context_length:
             raise TrimtabError(
                 "generation", expected=f"at most {self.context_length} tokens", found=f"{total}", remedy="shorten the prompt or ask for fewer new tokens"
@@ -205,9 +208,9 @@ class DecodeLoop:
         self._ids[:, 0] = ids
         self._bind_mask(self._binding, total)
         if self.layout.position_ids:
-            self._positions[:, 0] = self._lengths - 1
+            self._positions[:, 0] = [length - 1 for length in self._lengths]
         self._run(self._session, self._binding)
-        return self._logits[:, 0]
+        return self._last
 
     def check(self, ids: Sequence[int]) -> Floats:
         """Append tokens to the only row; logits after each of them [tokens, vocab].
@@ -216,16 +219,16 @@ class DecodeLoop:
         """
         if not self.layout.checks_drafts or len(self._lengths) != 1:
             raise ValueError("a draft needs one row and logits for several positions")
-        return self._run_prompt(np.array([ids], np.int64), np.array([len(ids)]), kept=len(ids))[0]
+        return self._run_prompt(np.array([ids], np.int64), [len(ids)], kept=len(ids))[0]
 
     def forget(self, tokens: int) -> None:
         """Take the last tokens of the only row back: their keys and values lie beyond its mask, and the next ones overwrite them."""
-        self._lengths -= tokens
+        self._lengths = [length - tokens for length in self._lengths]
 
     def seek(self, tokens: int) -> None:
         """Go on as if `tokens` tokens had been read (their keys and values are what the cache holds, zeros at first): tries a late position at no cost."""
         self._reserve(1, tokens + 1)
-        self._lengths = np.array([tokens], np.int64)
+        self._lengths = [tokens]
         self._bind_step(1)
 
     def all_logits(self, ids: NDArray[np.int64]) -> Floats:
@@ -236,8 +239,8 @@ class DecodeLoop:
         batch, tokens = ids.shape
         if not self.layout.last_token_only:
             self._reserve(batch, tokens)
-            self._lengths = np.zeros(batch, np.int64)
-            return self._run_prompt(ids.astype(np.int64), np.full(batch, tokens))
+            self._lengths = [0] * batch
+            return self._run_prompt(ids.astype(np.int64), [tokens] * batch)
         logits = np.empty((batch, tokens, self.layout.vocab_size), self.layout.logits_dtype)
         logits[:, 0] = self.start([[int(first)] for first in ids[:, 0]], expect_new=tokens - 1)
         for at in range(1, tokens):
@@ -246,19 +249,19 @@ class DecodeLoop:
 
     def _prefill(self, prompts: list[list[int]]) -> Floats:
         """Append prompts (a chunk of one, or whole ones padded on the right); logits after the last tokens [batch, vocab]."""
-        counts = np.array([len(prompt) for prompt in prompts], np.int64)
-        if len(prompts) == 1 and counts[0] == 1 and self._lengths[0] > 0:
+        counts = [len(prompt) for prompt in prompts]
+        if counts == [1] and self._lengths[0] > 0:
             return self.step(prompts[0])
-        ids = np.zeros((len(prompts), int(counts.max())), np.int64)
+        ids = np.zeros((len(prompts), max(counts)), np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         logits = self._run_prompt(ids, counts)
-        return logits[:, 0] if self.layout.last_token_only else logits[np.arange(len(prompts)), counts - 1]
+        return logits[:, 0] if self.layout.last_token_only else logits[np.arange(len(prompts)), np.array(counts) - 1]
 
-    def _run_prompt(self, ids: NDArray[np.int64], counts: NDArray[Any], kept: int = 0) -> Floats:
+    def _run_prompt(self, ids: NDArray[np.int64], counts: Sequence[int], kept: int = 0) -> Floats:
         """Append ids [batch, tokens] and run. kept: positions that shall have logits where the graph can choose; 0: its own choice."""
-        before = int(self._lengths.max())
-        self._lengths += counts
+        before = max(self._lengths)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         total = before + ids.shape[1]
         if total > self._capacity:
             self._grow(total)
@@ -313,6 +316,7 @@ class DecodeLoop:
         if len(self._ids) != batch:
             self._ids = aligned_zeros((batch, 1), np.int64)
             self._logits = aligned_zeros((batch, 1, self.layout.vocab_size), self.layout.logits_dtype)
+            self._last = self._logits[:, 0]
         _bind_input(self._binding, self.layout.input_ids, self._ids)
         _bind_output(self._binding, self.layout.logits, self._logits)
         if self.layout.position_ids:
@@ -321,11 +325,11 @@ class DecodeLoop:
 
     def _bind_mask(self, binding: Any, total: int) -> None:
         """attention_mask [batch, total]: ones up to each row's length."""
-        if len(self._lengths) == 1:
-            self._mask = self._ones[:, :total]  # all ones: a longer view of one buffer
+        if len(self._lengths) == 1:  # all ones: more of one buffer
+            binding.bind_input(self.layout.attention_mask, "cpu", 0, np.int64, (1, total), self._ones_at)
         else:
-            self._mask = (np.arange(total) < self._lengths[:, None]).astype(np.int64)
-        _bind_input(binding, self.layout.attention_mask, self._mask)
+            self._mask = (np.arange(total) < np.array(self._lengths)[:, None]).astype(np.int64)
+            _bind_input(binding, self.layout.attention_mask, self._mask)
 
     def _reserve(self, batch: int, tokens: int) -> None:
         """A cache for `batch` rows with room for `tokens`; one that is there and fits is used again (old values lie beyond every mask)."""
@@ -342,7 +346,8 @@ class DecodeLoop:
 
     def _allocate(self, batch: int, capacity: int) -> None:
         self._capacity = capacity
-        self._ones = np.ones((1, capacity), np.int64)
+        self._ones = np.ones(capacity, np.int64)
+        self._ones_at = self._ones.ctypes.data
         self._cache = [aligned_zeros((batch, slot.heads, capacity, slot.head_size), slot.dtype) for slot in self.layout.slots]
         for slot, buffer in zip(self.layout.slots, self._cache, strict=True):
             for binding in filter(None, (self._binding, self._prompt_binding)):

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.generate import load_tokenizer
 from runtimes.session import SessionSettings, open_session
-from targets.errors import BundleError, TrimtabError
+from targets.errors import BundleError, TargetError, TrimtabError
+from targets.machine import ISA_OF_WIDE_SUMS, sums_in_32_bits, this_machine
 
 Text = str | tuple[str, str]  # one text, or a pair for models that compare two
 Floats = NDArray[np.float32]
 DEFAULT_MAX_LENGTH = 512
 RUN_TOKENS = 1024
-RUN_TOKENS_OF = {"int8-dynamic": 512}
+RUN_TOKENS_OF = {"int8-dynamic": 512, "int8-dynamic-vnni": 512}
+WIDE_SUMS = ("int8-dynamic-vnni",)  # schemes whose products would saturate in 16 bits
 _ABSURD_LENGTH = 1_000_000  # tokenizer_config.json says 10**30 where nobody set a limit
 
 
@@ -58,6 +60,12 @@ class Encoder:
             raise BundleError(str(bundle.directory), expected="an encoder", found=f"a {bundle.kind}", remedy="use runtimes.generate for it")
         if batch_size < 1:
             raise TrimtabError("batch_size", expected="a count >= 1", found=str(batch_size), remedy="change the option")
+        if bundle.model.get("scheme") in WIDE_SUMS and not sums_in_32_bits(this_machine().isa):
+            expected, remedy = (
+                f"a processor with one of {', '.join(ISA_OF_WIDE_SUMS)}",
+                "compile it with scheme int8-dynamic, which is right on every processor",
+            )
+            raise TargetError(f"{bundle.directory}: {bundle.model['scheme']}", expected=expected, found="none of them: sums would saturate", remedy=remedy)
         self.bundle, self.batch_size = bundle, batch_size
         self.max_length = _max_length(bundle)
         self.run_tokens = RUN_TOKENS_OF.get(str(bundle.model.get("scheme")), RUN_TOKENS)

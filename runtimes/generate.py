@@ -226,8 +226,8 @@ class Generator:
                     if not row.finish:
                         text = row.push(int(ids[at]), not options.ignore_eos and int(ids[at]) in self.stop_ids)
                         yield Piece(at, row.count - 1, int(ids[at]), text, row.finish, ms)
-                active = np.array([not row.finish for row in rows])
-                if not active.any():
+                active = [not row.finish for row in rows]
+                if not any(active):
                     return
                 logits = loop.step(ids, active)
         finally:

@@ -64,8 +64,7 @@ class Sampler:
             penalty = self._sampling.repetition_penalty
             logits = np.where(self._seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
         best = logits.argmax(axis=-1)  # [batch]; argmax returns the first NaN when there is one, so checking the winner checks the row
-        rows = np.arange(len(best))
-        if not np.isfinite(logits[rows, best]).all():
+        if not all(math.isfinite(row[at]) for row, at in zip(logits, best, strict=True)):
             raise TrimtabError(
                 "logits",
                 expected="finite numbers",
@@ -74,7 +73,7 @@ class Sampler:
             )
         ids = best if self._sampling.greedy else np.array([self._draw(logits[row], row) for row in range(len(best))], np.int64)
         if self._seen is not None:
-            self._seen[rows, ids] = True
+            self._seen[np.arange(len(ids)), ids] = True
         return ids.astype(np.int64, copy=False)
 
     def _draw(self, logits: Floats, row: int) -> int:

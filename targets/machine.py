@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,8 @@ ISA_FLAGS = {
     "sve2": ("sve2",),
     "sme2": ("sme2",),
 }
+# With one of them a product of uint8 and int8 is added in 32 bits (vpdpbusd, tdpbusd, umlal, usdot); x86 without takes two in 16 (vpmaddubsw), and saturates.
+ISA_OF_WIDE_SUMS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimd")
 CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2**63
 
@@ -57,6 +60,11 @@ class Machine:
     def memory_class(self) -> float:
         """Memory in steps of half a power of two: the same for a machine that reports a few MB more after an update."""
         return round(2 * math.log2(max(self.memory_bytes, 1) / 2**30)) / 2
+
+
+def sums_in_32_bits(isa: Iterable[str]) -> bool:
+    """Whether onnxruntime's products of 8-bit integers cannot saturate on a processor with these instruction sets, whatever the weights are."""
+    return not set(ISA_OF_WIDE_SUMS).isdisjoint(isa)
 
 
 def this_machine() -> Machine:

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.evaluation.encoder import pool
-from compiler.graph.encoder_quantize import dequantize_channels, quantize_pairs
+from compiler.graph.encoder_quantize import dequantize_channels, quantize_channels
 from compiler.graph.encoder_rows import Channels, stored_factors
 from compiler.graph.passes import float_twin
 from compiler.quantizers import affine
@@ -73,7 +73,7 @@ def see_through(
         if stored is None and scheme.kernel in ("rows", "dynamic"):
             channels = Channels(np.asarray((factors or {}).get(name, np.ones(weight.shape[1], np.float32))), np.zeros(0, np.int64))
             rest = channels.rest(weight)
-            weight -= (rest - dequantize_channels(*quantize_pairs(rest.copy()))) * channels.factors
+            weight -= (rest - dequantize_channels(*quantize_channels(rest.copy(), full_range=scheme.full_range))) * channels.factors
         elif stored is None:
             round_through(weight, scheme)
         else:

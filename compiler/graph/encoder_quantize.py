@@ -7,6 +7,8 @@ On x86 without VNNI the U8S8 kernel multiplies uint8 activations with int8 weigh
 full 8 bits, where 7 bits have 2. Hence the same file is right on every processor. Without the bound, one scale a call on this kernel lost the difference
 between 0.9730 and 0.9807 (min cosine of all-MiniLM-L6-v2's sentence vectors, AVX2).
 
+`int8-dynamic-vnni` leaves the bound out: for processors that add products in 32 bits (`targets.machine.sums_in_32_bits`), and refused by the others.
+
 Three forms (`compiler.scheme`), cosine to float32 of 32 sentences of all-MiniLM-L6-v2, English, Japanese, typos (min / mean), and the file:
     int8-stored    codes in groups of 32, float32 once at load and in arithmetic          0.9993 / 0.9998   25.0 MB   (float32: 90.3)
     int8           `encoder_rows`: half of the arithmetic in integers, one scale a token     0.9992 / 0.9997   29.3 MB
@@ -27,18 +29,20 @@ PAIR_BOUND = 128  # 255 * 128 = 32640 fits int16, 255 * 129 does not
 TOPS = (127, 112, 104, 96, 88, 80, 64)  # largest code a row may use; 64 never breaks the bound
 
 
-def quantize_pairs(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_channels(weight: np.ndarray, *, full_range: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """float32 [out, in] -> (codes int8 [in, out], scales float32 [out]): per row the largest code of TOPS with the least squared error under the bound.
 
     A pair beyond the bound gives up the excess in equal parts. Row [127, 127, ...] of equal weights -> codes 64.
+    full_range  no bound, and the largest code is 127
     """
     largest = np.abs(weight).max(axis=1)
     largest = np.where(largest == 0, np.float32(1), largest).astype(np.float32)
     best = np.full(len(weight), np.inf, np.float32)
     codes, scales = np.zeros(weight.shape, np.int8), largest.copy()
-    for top in TOPS:
+    for top in TOPS[:1] if full_range else TOPS:
         scale = largest / np.float32(top)
-        tried = bounded(np.rint(weight / scale[:, None]).clip(-top, top))
+        tried = np.rint(weight / scale[:, None]).clip(-top, top)
+        tried = tried if full_range else bounded(tried)
         error = np.square(tried * scale[:, None] - weight).sum(axis=1)
         better = error < best
         best[better], scales[better] = error[better], scale[better]

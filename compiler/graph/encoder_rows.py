@@ -1,4 +1,4 @@
-"""8-bit arithmetic with one activation scale a token (`int8`), or a call (`int8-dynamic`), for encoders: y = x W^T + b with x [tokens, in], W [out, in].
+"""8-bit arithmetic with one activation scale a token (`int8`), or a call (`int8-dynamic[-vnni]`), for encoders: y = x W^T + b, x [tokens, in], W [out, in].
 
     wide     the channels of x with the largest magnitude; they stay float:  x[:, wide] W[:, wide]^T
     rest     r[t] = max_k |x[t, k]|     code[t, k] = rint(x[t, k] / r[t] * 127) + 128  uint8
@@ -12,11 +12,20 @@ So inputs are pulled together first (Xiao et al. 2023, SmoothQuant), for all mat
 
     s[k] = max(1, p[k] / median(p)) ** SMOOTHING       p[k]: largest |x[t, k]| of the sample       y = (x / s) (W s)^T
 
-and what stays float are channels of more than LOUD medians behind a norm, and WIDE_BEHIND_GELU of down. Mean cosine of 300 sentences of STS 2015 / of 64 rows
-of 64 tokens, AVX512-VNNI, by hand: neither 0.9933 / 0.9930; 16 wide 0.9992 / 0.9988; smoothed 0.9980 / 0.9977; smoothed and 16 wide of down 0.9990 / 0.9989;
-this form 0.9992 / 0.9991, 1.2 times as fast as with 16 wide everywhere. The sample counts: by peaks of random tokens alone 0.9989 / 0.9986. Codes of the full
-range, which could saturate on processors without VNNI, give about 0.0002 more. Factors below 1, bias correction on the sample and weights rounded by the
-importance of their inputs were worse or no better.
+and what stays float are channels of more than LOUD medians behind a norm, and WIDE_BEHIND_GELU of down. Mean cosine by hand of 150 pairs of STS 2015 / of 64
+rows of 64 tokens / of 8 x 128 / of 32 x 256 (products summed in 32 bits), and times as fast as (6; 8) on AVX2 with bounded codes at 1x32 to 32x256:
+
+    LOUD; WIDE_BEHIND_GELU       bounded codes                           codes of the full range                 speed
+    6; 8                         0.99869 / 0.99897 / 0.99901 / 0.99885   0.99882 / 0.99916 / 0.99913 / 0.99907   1
+    4; 8                         0.99872 / 0.99903 / 0.99908 / 0.99887                                           0.96 to 0.97
+    4; 4: bounded codes          0.99871 / 0.99905 / 0.99903 / 0.99888
+    12; 2: the full range                                                0.99880 / 0.99915 / 0.99908 / 0.99906   1.02 to 1.06
+    none; 4                                                              0.99862 / 0.99891 / 0.99896 / 0.99879   1.06 to 1.09
+    neither smoothed nor wide    0.993
+
+Full range, none behind norms, and the middle of each channel taken off before (into the norm's bias): 0.99875 / 0.99908 / 0.99896 / 0.99893; not built. The
+sample counts: by peaks of random tokens alone 0.0003 less. Factors below 1, bias correction on the sample and weights rounded by the importance of their inputs
+were worse or no better.
 
 all-MiniLM-L6-v2 in onnxruntime, min / mean cosine to float32 of 32 sentences
 (tests/conformance/test_encoders.py) and of 100 sentences of STS 2015:
@@ -33,8 +42,8 @@ Rounding with error feedback (GPTQ) on random tokens was no better (0.9986 witho
 Five channels of the residual stream (99, 63, 157, 223, 338) reach 5 to 30 where the median channel reaches 2, the same ones in every layer.
 
 The integer product is MatMulIntegerToFloat (com.microsoft) with int8 weights, U8S8: on x86 without VNNI its kernel adds two neighbouring products in 16 bits
-(vpmaddubsw), and `quantize_pairs` keeps |w[k]| + |w[k + 1]| <= 128 for even k: 255 * 128 < 2**15, so it cannot saturate, whatever x is.
-`lint` proves it from the file.
+(vpmaddubsw), and `quantize_channels` keeps |w[k]| + |w[k + 1]| <= 128 for even k: 255 * 128 < 2**15, so it cannot saturate, whatever x is.
+`lint` proves it from the file. `int8-dynamic-vnni` has no such bound and is for processors with sums of 32 bits: elsewhere its mean cosine is 0.9895 (AVX2).
 A uint8 weight (U8U8) cannot saturate either, but there its kernel gives 125 GOP/s a core where U8S8 gives 165 and float32 84 (AVX2, 1024 x 384 x 1536).
 """
 
@@ -53,10 +62,12 @@ from compiler.checkpoints.view import Checkpoint
 from compiler.errors import CheckpointError
 from compiler.graph.encoder_rewrite import MICROSOFT, add_constant, insert, nodes
 from compiler.quantizers.windows import calibration_set
+from compiler.scheme import Scheme
 
 WIDE = 16  # channels kept float, at most a quarter of them
-LOUD = 6  # with one scale a call, behind a norm: only channels this many times as large as the median
-WIDE_BEHIND_GELU = 8  # with one scale a call: of the widest inputs, where a channel is loud for a few tokens
+# With one scale a call, by whether codes have the full range.
+LOUD = {False: 4, True: 12}  # behind a norm: only channels this many times as large as the median
+WIDE_BEHIND_GELU = {False: 4, True: 2}  # of the widest inputs, where a channel is loud for a few tokens
 SMOOTHING = 0.8
 FACTORS = "factors"
 INTEGER = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
@@ -76,12 +87,13 @@ class Channels:
         return np.divide(weight, self.factors, out=np.zeros_like(weight), where=self.factors != 0)
 
 
-def choose_channels(peaks: np.ndarray, by_call: bool, normed: bool) -> Channels:
+def choose_channels(peaks: np.ndarray, scheme: Scheme, normed: bool) -> Channels:
     """By the largest magnitudes [in] of x: which channels stay float, and, under one scale a call, by how much the others are pulled together."""
     typical = max(float(np.median(peaks)), 1e-9)
     count = max(1, min(WIDE, len(peaks) // 4))
+    by_call = scheme.kernel == "dynamic"
     if by_call:
-        count = min(count, int((peaks > LOUD * typical).sum()) if normed else WIDE_BEHIND_GELU)
+        count = min(count, int((peaks > LOUD[scheme.full_range] * typical).sum()) if normed else WIDE_BEHIND_GELU[scheme.full_range])
     wide = np.sort(np.argsort(-peaks, kind="stable")[:count]).astype(np.int64)
     factors = np.maximum(peaks / typical, 1).astype(np.float32) ** -np.float32(SMOOTHING if by_call else 0)
     factors[wide] = 0

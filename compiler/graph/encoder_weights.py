@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_builder import PLACEHOLDER
-from compiler.graph.encoder_quantize import quantize_pairs
+from compiler.graph.encoder_quantize import quantize_channels
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
 from compiler.graph.encoder_rows import call_scaled_linear, choose_channels, row_scaled_linear
 from compiler.graph.external_data import DataFile
@@ -127,9 +127,9 @@ class Weights:
         """Rule 6, by `encoder_rows`."""
         name, matrix = str(weight.name), self.read(weight)
         lowered = row_scaled_linear if self.scheme.kernel == "rows" else call_scaled_linear
-        channels = choose_channels(self.peaks[name], self.scheme.kernel == "dynamic", bool(node.meta.get("normed")))
+        channels = choose_channels(self.peaks[name], self.scheme, bool(node.meta.get("normed")))
         start = self.data.size
-        codes, scales = quantize_pairs(channels.rest(matrix))
+        codes, scales = quantize_channels(channels.rest(matrix), full_range=self.scheme.full_range)
         offset = self.read(bias) if bias is not None else np.zeros(len(matrix), np.float32)
         parts = {"int8": codes, "scales": scales, "offset": offset}
         if len(channels.wide):
@@ -143,7 +143,7 @@ class Weights:
         """Writes [out, in] as the kernel wants it; the operator's inputs after x."""
         start = self.data.size
         if scheme.kernel == "dynamic":
-            codes, scales = quantize_pairs(weight)
+            codes, scales = quantize_channels(weight, full_range=scheme.full_range)
             values = [self.put(name, "int8", codes), self.put(name, "scales", scales)]
         elif scheme.kernel == "stored":
             packed = nbits.quantize(weight, scheme)

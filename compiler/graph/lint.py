@@ -18,7 +18,8 @@ Every operator that multiplies matrices:
 Integer products of uint8 activations and int8 weights (U8S8), a fault of results:
 10. |w[k]| + |w[k + 1]| <= 128 for even k: on x86 without VNNI the kernel adds two products in 16 bits (vpmaddubsw), and 255 * 129 does not fit.
    Codes of 7 bits always hold it; uint8 weights need no bound, their kernel widens first. It is proven from the codes in the file, for any activation,
-   and asked of every file, since a file says nothing of the machines it will be copied to.
+   and asked of every file but those of a scheme that is for processors with wider sums alone (`Scheme.full_range`): their manifest says so, and
+   `runtimes.encode` asks the processor.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ INTEGER = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul
 FLOAT = ("MatMul", "FusedMatMul", "Gemm")
 
 
-def lint(model: ir.Model) -> list[str]:
-    """Every fault of the model as one line `node: fault`; an empty list is a clean graph."""
-    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() for fault in node_faults(node)]
+def lint(model: ir.Model, *, full_range: bool = False) -> list[str]:
+    """Every fault of the model as one line `node: fault`; an empty list is a clean graph. full_range: rule 10 is not asked."""
+    return [f"{node.name}: {fault}" for node in model.graph.all_nodes() for fault in node_faults(node, full_range)]
 
 
-def node_faults(node: ir.Node) -> Iterator[str]:
+def node_faults(node: ir.Node, full_range: bool) -> Iterator[str]:
     """The rules that apply to a node."""
     if node.op_type == "MatMulNBits":
         yield from nbits_faults(node)
     if node.op_type in INTEGER:
-        yield from integer_faults(node)
+        yield from integer_faults(node, full_range)
     if node.op_type in FLOAT and any(value is not None and value.dtype == ir.DataType.FLOAT16 for value in node.inputs):
         yield "a float16 operand: it is cast to float32 on every call"
 
 
-def integer_faults(node: ir.Node) -> Iterator[str]:
+def integer_faults(node: ir.Node, full_range: bool) -> Iterator[str]:
     """Rules 7, 8 and 10 for one product of integers."""
     activations, weights = node.inputs[0], node.inputs[INTEGER[node.op_type]]
     if weights is not None and not constant(weights):
         yield f"{weights.name} is not an initializer: nothing can be prepacked"
-    elif weights is not None and weights.dtype == ir.DataType.INT8:
+    elif weights is not None and weights.dtype == ir.DataType.INT8 and not full_range:
         yield from pair_faults(weights)
     if activations is not None and activations.dtype == ir.DataType.INT8:
         yield "int8 activations: no kernel of x86 takes them"
@@ -98,9 +99,9 @@ def constant(value: ir.Value) -> bool:
     return node is not None and all(constant(one) for one in node.inputs if one is not None)
 
 
-def require_clean(model_path: Path) -> None:
+def require_clean(model_path: Path, *, full_range: bool = False) -> None:
     """Raises BundleError listing all faults of the graph at `model_path`."""
-    faults = lint(ir.load(model_path))
+    faults = lint(ir.load(model_path), full_range=full_range)
     if faults:
         raise BundleError(
             str(model_path),

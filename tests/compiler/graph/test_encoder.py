@@ -18,11 +18,14 @@ import torch
 
 import compiler.graph.encoder as encoder
 from compiler.checkpoints.view import Checkpoint, TensorView
-from compiler.errors import ArchitectureError, CheckpointError, OutputError
+from compiler.errors import ArchitectureError, BundleError, CheckpointError, OutputError
 from compiler.graph.encoder import export_encoder
 from compiler.graph.encoder_rows import RANDOM_ROWS, WIDE, choose_channels, sample_tokens
+from compiler.graph.lint import require_clean
+from compiler.graph.passes import float_twin
 from compiler.reference import reference_model
 from compiler.scheme import parse_scheme
+from runtimes.session import open_session
 
 CONFIG = {
     "model_type": "bert",
@@ -127,6 +130,22 @@ def test_schemes_stay_near_float(scheme: str, cosine: float, tmp_path: Path) -> 
     assert stored["+".join(joined.format(part) for part in ("query", "key", "value"))] == str(parse_scheme(scheme))
     assert (stored["encoder.layer.1.output.dense.weight"] == "fp16") == (scheme in ("int8", "fp16"))
     assert sum(matrix.nbytes for matrix in export.matrices) <= export.files["model.onnx.data"]
+
+
+def test_codes_of_the_full_range_are_nearer_and_told_apart(tmp_path: Path) -> None:
+    """By the float twin, so that it holds on processors where these sums saturate."""
+    error = {}
+    for scheme in ("int8-dynamic", "int8-dynamic-vnni"):
+        export = export_encoder(tiny_checkpoint(), parse_scheme(scheme), tmp_path / scheme, pooling="mean")
+        session = open_session(tmp_path / scheme / "model.onnx", graph=float_twin(tmp_path / scheme / "model.onnx"))
+        (got,) = session.run(None, feeds())
+        error[scheme] = np.square(got - pooled("mean")).mean()
+        assert {matrix.scheme for matrix in export.matrices if "dense" in matrix.name} == {scheme}
+    assert 0 < 1.3 * error["int8-dynamic-vnni"] < error["int8-dynamic"], error
+    require_clean(tmp_path / "int8-dynamic" / "model.onnx")
+    require_clean(tmp_path / "int8-dynamic-vnni" / "model.onnx", full_range=True)
+    with pytest.raises(BundleError, match="16-bit sums saturate"):
+        require_clean(tmp_path / "int8-dynamic-vnni" / "model.onnx")
 
 
 def test_the_exporters_road_gives_the_same_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,19 +305,26 @@ class TestChannels:
     def test_one_scale_a_call_pulls_loud_channels_together(self) -> None:
         """Median 2: 4 is twice as large, 32 is beyond LOUD medians and stays float."""
         peaks = np.array([1, 2, 2, 4, 2, 32, 2, 1], np.float32)
-        channels = choose_channels(peaks, by_call=True, normed=True)
+        channels = choose_channels(peaks, parse_scheme("int8-dynamic"), normed=True)
         assert channels.wide.tolist() == [5]
         np.testing.assert_allclose(channels.factors, [1, 1, 1, 2**-0.8, 1, 0, 1, 1], rtol=1e-6)
 
+    def test_codes_of_the_full_range_need_fewer_float_channels(self) -> None:
+        """Median 2: 20 is 10 medians, 32 is 16."""
+        peaks = np.array([1, 2, 2, 20, 2, 32, 2, 1], np.float32)
+        assert choose_channels(peaks, parse_scheme("int8-dynamic"), normed=True).wide.tolist() == [3, 5]
+        assert choose_channels(peaks, parse_scheme("int8-dynamic-vnni"), normed=True).wide.tolist() == [5]
+        assert len(choose_channels(np.arange(1, 81, dtype=np.float32), parse_scheme("int8-dynamic-vnni"), normed=False).wide) == 2
+
     def test_one_scale_a_token_leaves_the_others_as_they_are(self) -> None:
-        channels = choose_channels(np.arange(1, 81, dtype=np.float32), by_call=False, normed=True)
+        channels = choose_channels(np.arange(1, 81, dtype=np.float32), parse_scheme("int8"), normed=True)
         assert channels.wide.tolist() == list(range(64, 80)) and set(np.unique(channels.factors)) == {0.0, 1.0}
 
     def test_factors_and_wide_part_are_the_product(self) -> None:
         rng = np.random.default_rng(0)
         x, weight = rng.standard_normal((5, 16)).astype(np.float32), rng.standard_normal((3, 16)).astype(np.float32)
         x[:, 7] *= 100
-        channels = choose_channels(np.abs(x).max(0), by_call=True, normed=True)
+        channels = choose_channels(np.abs(x).max(0), parse_scheme("int8-dynamic"), normed=True)
         assert 7 in channels.wide
         got = (x * channels.factors) @ channels.rest(weight).T + x[:, channels.wide] @ weight[:, channels.wide].T
         np.testing.assert_allclose(got, x @ weight.T, rtol=1e-4, atol=1e-3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compiler.checkpoints.view import Checkpoint, TensorView
 from compiler.errors import ArchitectureError, CheckpointError
 from compiler.graph.encoder_pooling import configured_pooling
-from compiler.graph.encoder_quantize import PAIR_BOUND, dequantize_channels, quantize_pairs, worst_pair
+from compiler.graph.encoder_quantize import PAIR_BOUND, dequantize_channels, quantize_channels, worst_pair
 from compiler.graph.encoder_task import infer_task, labels_of, max_length, task_config
 from compiler.reference import match_tensors, skeleton
 
@@ -112,7 +112,7 @@ def test_pairs_are_bounded_and_near(rows: int, width: int, seed: int) -> None:
     """The search may always take codes within 64, so the error is never above that grid's."""
     weight = np.random.default_rng(seed).normal(0, 1, (rows, width)).astype(np.float32)
     weight[0] = 0
-    codes, scales = quantize_pairs(weight)
+    codes, scales = quantize_channels(weight)
     assert codes.dtype == np.int8
     assert codes.shape == (width, rows)
     assert worst_pair(codes) <= PAIR_BOUND
@@ -123,6 +123,14 @@ def test_pairs_are_bounded_and_near(rows: int, width: int, seed: int) -> None:
 
 def test_pairs_worked_case() -> None:
     """127 beside 63 is beyond 128, so the row's largest code falls; 127 beside 1 is not."""
-    codes, scales = quantize_pairs(np.array([[127.0, 1.0, 0.0], [127.0, -127.0, 0.0]], np.float32))
+    codes, scales = quantize_channels(np.array([[127.0, 1.0, 0.0], [127.0, -127.0, 0.0]], np.float32))
     assert codes.T.tolist() == [[127, 1, 0], [64, -64, 0]]
     assert np.allclose(scales, [1.0, 127 / 64])
+
+
+def test_the_full_range_is_each_rows_own_127_steps() -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (9, 40)).astype(np.float32)
+    codes, scales = quantize_channels(weight, full_range=True)
+    assert np.all(np.abs(codes.astype(int)).max(axis=0) == 127) and worst_pair(codes) > PAIR_BOUND
+    assert np.allclose(scales, np.abs(weight).max(axis=1) / 127)
+    assert np.abs(dequantize_channels(codes, scales) - weight).max(axis=1) == pytest.approx(scales / 2, rel=0.1)
