@@ -34,7 +34,7 @@ from compiler.graph.encoder_families import EncoderPlan, plan_encoder
 from compiler.graph.encoder_fusions import fuse
 from compiler.graph.encoder_pooling import POOLINGS, add_pooling, configured_pooling
 from compiler.graph.encoder_rewrite import MICROSOFT, tidy
-from compiler.graph.encoder_rows import channel_peaks, sample_tokens
+from compiler.graph.encoder_rows import channel_spans, sample_tokens
 from compiler.graph.encoder_task import TASKS, infer_task, labels_of, max_length, task_config
 from compiler.graph.encoder_trace import trace
 from compiler.graph.encoder_weights import Matrix, Weights, unlowered
@@ -110,10 +110,10 @@ def export_encoder(
 
 
 def observed(checkpoint: Checkpoint, plan: EncoderPlan, directory: Path) -> Mapping[str, np.ndarray]:
-    """`channel_peaks` of a float32 export that is gone again afterwards."""
+    """`channel_spans` of a float32 export that is gone again afterwards."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         export_encoder(checkpoint, Scheme(), Path(folder), task=plan.task, pooling="none")
-        return channel_peaks(Path(folder), sample_tokens(checkpoint, plan.vocabulary, plan.positions))
+        return channel_spans(Path(folder), sample_tokens(checkpoint, plan.vocabulary, plan.positions))
 
 
 def traced(checkpoint: Checkpoint, config: dict[str, Any], task: str) -> tuple[ir.Model, dict[str, TensorView], dict[str, int]]:

@@ -10,22 +10,25 @@ stay float: what comes out of gelu has most of its values in the lowest steps of
 With one scale a call (DynamicQuantizeMatMul finds it) it serves all matrices, and wide channels are dear: their product is added to [tokens, out] in a Gemm.
 So inputs are pulled together first (Xiao et al. 2023, SmoothQuant), for all matrices but attention's output:
 
-    s[k] = max(1, p[k] / median(p)) ** SMOOTHING       p[k]: largest |x[t, k]| of the sample       y = (x / s) (W s)^T
+    s[k] = max(1, p[k] / median(p)) ** smoothing       p[k]: largest |x[t, k]| of the sample       y = (x / s) (W s)^T
 
-and what stays float are channels of more than LOUD medians behind a norm, and WIDE_BEHIND_GELU of down. Mean cosine by hand of 150 pairs of STS 2015 / of 64
-rows of 64 tokens / of 8 x 128 / of 32 x 256 (products summed in 32 bits), and times as fast as (6; 8) on AVX2 with bounded codes at 1x32 to 32x256:
+and what stays float are channels of more than `loud` medians behind a norm, and `behind_gelu` of down (`Form`). Codes of the full range are for inputs that
+are centred too: the middle of what a channel of a norm was seen to be is taken off by the norm's bias and given back by other biases, at no cost
+(`encoder_weights`, rule 7). Mean cosine of 300 sentences of STS 2015 / 64 rows of 64 tokens / 8 x 128 / 32 x 256, by hand, sums in 32 bits (loud; behind_gelu;
+smoothing), and times as fast as (6; 8) on AVX2 with bounded codes at 1x32 to 32x256:
 
-    LOUD; WIDE_BEHIND_GELU       bounded codes                           codes of the full range                 speed
-    6; 8                         0.99869 / 0.99897 / 0.99901 / 0.99885   0.99882 / 0.99916 / 0.99913 / 0.99907   1
-    4; 8                         0.99872 / 0.99903 / 0.99908 / 0.99887                                           0.96 to 0.97
-    4; 4: bounded codes          0.99871 / 0.99905 / 0.99903 / 0.99888
-    12; 2: the full range                                                0.99880 / 0.99915 / 0.99908 / 0.99906   1.02 to 1.06
-    none; 4                                                              0.99862 / 0.99891 / 0.99896 / 0.99879   1.06 to 1.09
-    neither smoothed nor wide    0.993
+    bounded codes    6; 8; 0.8              0.99869 / 0.99897 / 0.99901 / 0.99885    1
+                     4; 8; 0.8              0.99872 / 0.99903 / 0.99908 / 0.99887    0.96 to 0.97
+                     4; 4; 0.8: this form   0.99871 / 0.99905 / 0.99903 / 0.99888
+                     neither smoothed nor wide: 0.993
+    the full range   6; 8; 0.8              0.99882 / 0.99916 / 0.99913 / 0.99907
+                     12; 2; 0.8             0.99880 / 0.99915 / 0.99908 / 0.99906    1.02 to 1.06
+                     none; 4; 0.7           0.99868 / 0.99906 / 0.99910 / 0.99890    1.06 to 1.09
+    and centred      none; 2; 0.7           0.99882 / 0.99916 / 0.99913 / 0.99904    this form: loud is for models louder than MiniLM (10 medians, centred)
+                     none; 0; 0.7           0.99796 / 0.99743 / 0.99760 / 0.99613
 
-Full range, none behind norms, and the middle of each channel taken off before (into the norm's bias): 0.99875 / 0.99908 / 0.99896 / 0.99893; not built. The
-sample counts: by peaks of random tokens alone 0.0003 less. Factors below 1, bias correction on the sample and weights rounded by the importance of their inputs
-were worse or no better.
+Centring bounded codes gained nothing. The sample counts: by peaks of random tokens alone 0.0003 less. Factors below 1, bias correction on the sample and
+weights rounded by the importance of their inputs were worse or no better.
 
 all-MiniLM-L6-v2 in onnxruntime, min / mean cosine to float32 of 32 sentences
 (tests/conformance/test_encoders.py) and of 100 sentences of STS 2015:
@@ -65,39 +68,55 @@ from compiler.quantizers.windows import calibration_set
 from compiler.scheme import Scheme
 
 WIDE = 16  # channels kept float, at most a quarter of them
-# With one scale a call, by whether codes have the full range.
-LOUD = {False: 4, True: 12}  # behind a norm: only channels this many times as large as the median
-WIDE_BEHIND_GELU = {False: 4, True: 2}  # of the widest inputs, where a channel is loud for a few tokens
-SMOOTHING = 0.8
 FACTORS = "factors"
 INTEGER = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 STEPS, MIDDLE = 127, 128
+ENDS = ("ReduceMin", "ReduceMax")
 RANDOM_ROWS, TEXT_ROWS, ROW = 16, 64, 64  # rows of the sample and tokens of each
 
 
 @dataclass(frozen=True)
+class Form:
+    """With one scale a call. loud: behind a norm only channels of more than so many medians stay float; behind_gelu: so many of the widest do, where a channel
+    is loud for a few tokens; smoothing: the exponent."""
+
+    loud: float
+    behind_gelu: int
+    smoothing: float
+
+
+BOUNDED, FULL_RANGE = Form(4, 4, 0.8), Form(20, 2, 0.7)
+
+
+@dataclass(frozen=True)
 class Channels:
-    """What happens to the input x [tokens, in] of a matrix. factors float32 [in]: x is multiplied by them, 0 for wide ones. wide int64 [wide], ascending."""
+    """What happens to the input x [tokens, in] of a matrix. factors float32 [in]: x is multiplied by them, 0 for wide ones. wide int64 [wide], ascending.
+
+    centre  float32 [in], is taken off x before, by the bias of the norm in front; None: nothing is
+    """
 
     factors: np.ndarray
     wide: np.ndarray
+    centre: np.ndarray | None = None
 
     def rest(self, weight: np.ndarray) -> np.ndarray:
         """W [out, in] divided by the factors, 0 for wide channels: (x * factors) rest^T + x[:, wide] W[:, wide]^T = x W^T."""
         return np.divide(weight, self.factors, out=np.zeros_like(weight), where=self.factors != 0)
 
 
-def choose_channels(peaks: np.ndarray, scheme: Scheme, normed: bool) -> Channels:
-    """By the largest magnitudes [in] of x: which channels stay float, and, under one scale a call, by how much the others are pulled together."""
+def choose_channels(span: np.ndarray, scheme: Scheme, normed: bool, centred: bool = False) -> Channels:
+    """By the least and largest values [2, in] of x: which channels stay float, and, under one scale a call, by how much the others are pulled together."""
+    centre = span.mean(axis=0) if centred else None
+    peaks = np.abs(span if centre is None else span - centre).max(axis=0)
     typical = max(float(np.median(peaks)), 1e-9)
     count = max(1, min(WIDE, len(peaks) // 4))
-    by_call = scheme.kernel == "dynamic"
+    by_call, form = scheme.kernel == "dynamic", FULL_RANGE if scheme.full_range else BOUNDED
     if by_call:
-        count = min(count, int((peaks > LOUD[scheme.full_range] * typical).sum()) if normed else WIDE_BEHIND_GELU[scheme.full_range])
+        count = min(count, int((peaks > form.loud * typical).sum()) if normed else form.behind_gelu)
     wide = np.sort(np.argsort(-peaks, kind="stable")[:count]).astype(np.int64)
-    factors = np.maximum(peaks / typical, 1).astype(np.float32) ** -np.float32(SMOOTHING if by_call else 0)
+    factors = np.maximum(peaks / typical, 1).astype(np.float32) ** -np.float32(form.smoothing if by_call else 0)
     factors[wide] = 0
-    return Channels(factors, wide)
+    return Channels(factors, wide, centre)
 
 
 def sample_tokens(checkpoint: Checkpoint, vocabulary: int, positions: int) -> np.ndarray:
@@ -126,8 +145,8 @@ def sample_tokens(checkpoint: Checkpoint, vocabulary: int, positions: int) -> np
     return np.concatenate([drawn, np.array(chosen, np.int64)]) if chosen else drawn
 
 
-def channel_peaks(folder: Path, ids: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Weight name -> max |x[t, k]| [in] of the input of every Gemm of a float32 export in `folder`, over the texts ids [rows, tokens]."""
+def channel_spans(folder: Path, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Weight name -> least and largest x[t, k], [2, in], of the input of every Gemm of a float32 export in `folder`, over the texts ids [rows, tokens]."""
     import onnxruntime
 
     model = ir.load(folder / "model.onnx")
@@ -136,9 +155,10 @@ def channel_peaks(folder: Path, ids: np.ndarray) -> Mapping[str, np.ndarray]:
     rows = add_constant(graph, "rows", np.array([0], np.int64))
     for node in nodes(model, "Gemm"):
         name = str(node.inputs[1].name).removesuffix("_transposed") if node.inputs[1] is not None else ""
-        peak = insert(node, "ReduceMax", [insert(node, "Abs", [node.inputs[0]]).outputs[0], rows], keepdims=0).outputs[0]
-        peak.name, peak.type = f"peak_{len(found)}", ir.TensorType(ir.DataType.FLOAT)
-        graph.outputs.append(peak)
+        for end in ENDS:
+            value = insert(node, end, [node.inputs[0], rows], keepdims=0).outputs[0]
+            value.name, value.type = f"{end}_{len(found)}", ir.TensorType(ir.DataType.FLOAT)
+            graph.outputs.append(value)
         found.append(name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # sums do not depend on how work is split
@@ -148,8 +168,9 @@ def channel_peaks(folder: Path, ids: np.ndarray) -> Mapping[str, np.ndarray]:
         session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     wanted = {value.name for value in session.get_inputs()}
-    peaks = session.run([f"peak_{index}" for index in range(len(found))], {name: array for name, array in feeds.items() if name in wanted})
-    return dict(zip(found, peaks, strict=True))
+    names = [f"{end}_{index}" for index in range(len(found)) for end in ENDS]
+    values = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
+    return {name: np.stack(values[2 * index : 2 * index + 2]) for index, name in enumerate(found)}
 
 
 def row_scaled_linear(before: ir.Node, x: ir.Value, stored: list[ir.Value], channels: Channels) -> ir.Value:

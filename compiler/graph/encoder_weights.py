@@ -8,6 +8,8 @@
 5. Everything else (norms, biases, positions) is float32 (float16 under fp16, cast once at load).
 6. Under `rows` a Linear behind a norm takes `encoder_rows`; any other is stored as float16 and multiplied in float32, and so is all of a traced graph.
    Under `dynamic` so does every Linear of a built graph but attention's output, with one scale a call; a traced graph has neither factors nor wide channels.
+7. Under `dynamic` with codes of the full range what a norm gives is centred, at no cost: y - c by the norm's bias, W c in the bias of the matrix behind it,
+   and + c in the bias of the matrix whose output is added to y. Where anything else reads y or a bias, nothing is.
 One tensor is in memory at a time.
 """
 
@@ -22,7 +24,7 @@ import onnx_ir as ir
 
 from compiler.checkpoints.view import TensorView
 from compiler.graph.encoder_builder import PLACEHOLDER
-from compiler.graph.encoder_quantize import quantize_channels
+from compiler.graph.encoder_quantize import dequantize_channels, quantize_channels
 from compiler.graph.encoder_rewrite import MICROSOFT, SMALL, add_constant, attribute, insert, nodes, replace
 from compiler.graph.encoder_rows import call_scaled_linear, choose_channels, row_scaled_linear
 from compiler.graph.external_data import DataFile
@@ -56,9 +58,10 @@ class Weights:
     data: DataFile
     update: Update | None = None
     origin: str = ""
-    peaks: Mapping[str, np.ndarray] = field(default_factory=dict)  # weight -> largest magnitude of each input channel [in]; rule 6
+    spans: Mapping[str, np.ndarray] = field(default_factory=dict)  # weight -> least and largest value of each input channel [2, in]; rule 6
     matrices: list[Matrix] = field(default_factory=list)
     stored: dict[str, list[ir.Value]] = field(default_factory=dict)
+    shifts: dict[str, np.ndarray] = field(default_factory=dict)  # bias -> what is added to it; rule 7
 
     def lower(self) -> list[Matrix]:
         """Every Linear, Gather and initializer, in graph order."""
@@ -79,6 +82,7 @@ class Weights:
         """float32 [out, in] of a weight, the parts of a joined one on top of each other."""
         parts = value.meta.get("parts") or [value.name]
         arrays = [finite(self.origin, name, self.tensors[name].read()) for name in parts]
+        arrays = [array + self.shifts[name] if name in self.shifts else array for name, array in zip(parts, arrays, strict=True)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def checked(self, view: TensorView) -> Iterator[np.ndarray]:
@@ -93,7 +97,7 @@ class Weights:
             raise ValueError(f"{node.name}: a Linear without input or weight")
         name, (out, width) = str(weight.name), (int(weight.shape[0]), int(weight.shape[1]))
         scheme = self.scheme_of(node, name)
-        if scheme.kernel in ("rows", "dynamic") and name in self.peaks and not node.meta.get("even"):
+        if scheme.kernel in ("rows", "dynamic") and name in self.spans and not node.meta.get("even"):
             self.lower_split(node, source, weight, bias)
             return
         if name not in self.stored:
@@ -119,7 +123,7 @@ class Weights:
         """Rules 1, 2 and 6."""
         if not takes_scheme(node):
             return Scheme()
-        if self.scheme.kernel == "rows" and not (node.meta.get("normed") and name in self.peaks):
+        if self.scheme.kernel == "rows" and not (node.meta.get("normed") and name in self.spans):
             return Scheme(16)
         return self.scheme
 
@@ -127,10 +131,15 @@ class Weights:
         """Rule 6, by `encoder_rows`."""
         name, matrix = str(weight.name), self.read(weight)
         lowered = row_scaled_linear if self.scheme.kernel == "rows" else call_scaled_linear
-        channels = choose_channels(self.peaks[name], self.scheme, bool(node.meta.get("normed")))
+        around = biases_around(node) if self.scheme.full_range else None
+        channels = choose_channels(self.spans[name], self.scheme, bool(node.meta.get("normed")), around is not None)
         start = self.data.size
         codes, scales = quantize_channels(channels.rest(matrix), full_range=self.scheme.full_range)
         offset = self.read(bias) if bias is not None else np.zeros(len(matrix), np.float32)
+        if around is not None and channels.centre is not None:  # rule 7
+            self.shifts |= dict(zip(around, (-channels.centre, channels.centre), strict=True))
+            kept = np.where(channels.factors == 0, matrix, dequantize_channels(codes, scales) * channels.factors)
+            offset = offset + kept @ channels.centre
         parts = {"int8": codes, "scales": scales, "offset": offset}
         if len(channels.wide):
             parts["wide"] = np.ascontiguousarray(matrix[:, channels.wide].T)
@@ -269,6 +278,23 @@ def is_lookup(node: ir.Node, tensors: Mapping[str, TensorView]) -> bool:
     table = node.inputs[0] if node.op_type == "Gather" and attribute(node, "axis", 0) == 0 else None
     view = tensors.get(str(table.name)) if table is not None else None
     return view is not None and len(view.shape) == 2 and view.shape[0] >= WORDS
+
+
+def biases_around(node: ir.Node) -> tuple[str, str] | None:
+    """Rule 7: the bias of the norm in front of a Linear, and of the Linear whose output is added to the norm's. None where others would notice."""
+    y = node.inputs[0]
+    norm = y.producer() if y is not None else None
+    if y is None or norm is None or norm.op_type != "LayerNormalization":
+        return None
+    others = [use.node for use in y.uses() if use.node is not node]
+    if len(others) != 1 or others[0].op_type != "Add":
+        return None
+    beside = next((value.producer() for value in others[0].inputs if value is not None and value is not y), None)
+    if beside is None or beside.domain != PLACEHOLDER or len(beside.outputs[0].uses()) != 1:
+        return None
+    biases = [one.inputs[2] if len(one.inputs) > 2 else None for one in (norm, beside)]
+    names = [str(bias.name) for bias in biases if bias is not None and len(bias.uses()) == 1 and not bias.meta.get("parts")]
+    return (names[0], names[1]) if len(names) == 2 else None
 
 
 def takes_scheme(node: ir.Node) -> bool:

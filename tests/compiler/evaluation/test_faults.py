@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "phi3": ("phi3", {}, "text-generation", "fp16"),
     "bert": ("bert", {}, "feature-extraction", "int8"),
     "bert-dynamic": ("bert", {}, "feature-extraction", "int8-dynamic"),
+    "bert-vnni": ("bert", {}, "feature-extraction", "int8-dynamic-vnni"),
     "roberta": ("roberta", {**SPECIAL, "type_vocab_size": 1}, "text-classification", "int4-g32-asym"),
     "distilbert": (
         "distilbert",

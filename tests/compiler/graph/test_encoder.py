@@ -141,6 +141,10 @@ def test_codes_of_the_full_range_are_nearer_and_told_apart(tmp_path: Path) -> No
         (got,) = session.run(None, feeds())
         error[scheme] = np.square(got - pooled("mean")).mean()
         assert {matrix.scheme for matrix in export.matrices if "dense" in matrix.name} == {scheme}
+        norms = [value for value in onnx.load(tmp_path / scheme / "model.onnx").graph.initializer if value.name.endswith("LayerNorm.bias")]
+        given = {value.name: tiny_checkpoint().tensors[value.name].read() for value in norms}
+        moved = {value.name for value in norms if not np.array_equal(onnx.numpy_helper.to_array(value), given[value.name])}
+        assert len(moved) == {"int8-dynamic": 0, "int8-dynamic-vnni": 4}[scheme] and len(norms) == 5  # what the last norm gives is the answer
     assert 0 < 1.3 * error["int8-dynamic-vnni"] < error["int8-dynamic"], error
     require_clean(tmp_path / "int8-dynamic" / "model.onnx")
     require_clean(tmp_path / "int8-dynamic-vnni" / "model.onnx", full_range=True)
@@ -299,32 +303,44 @@ class TestRows:
             assert np.abs(alone[0] - together[row]).max() <= 1e-5
 
 
+def spans(peaks: np.ndarray) -> np.ndarray:
+    return np.stack([np.zeros_like(peaks), peaks])
+
+
 class TestChannels:
     """What is done to the inputs of a matrix in integers."""
 
     def test_one_scale_a_call_pulls_loud_channels_together(self) -> None:
         """Median 2: 4 is twice as large, 32 is beyond LOUD medians and stays float."""
         peaks = np.array([1, 2, 2, 4, 2, 32, 2, 1], np.float32)
-        channels = choose_channels(peaks, parse_scheme("int8-dynamic"), normed=True)
+        channels = choose_channels(spans(peaks), parse_scheme("int8-dynamic"), normed=True)
         assert channels.wide.tolist() == [5]
         np.testing.assert_allclose(channels.factors, [1, 1, 1, 2**-0.8, 1, 0, 1, 1], rtol=1e-6)
 
     def test_codes_of_the_full_range_need_fewer_float_channels(self) -> None:
-        """Median 2: 20 is 10 medians, 32 is 16."""
-        peaks = np.array([1, 2, 2, 20, 2, 32, 2, 1], np.float32)
-        assert choose_channels(peaks, parse_scheme("int8-dynamic"), normed=True).wide.tolist() == [3, 5]
-        assert choose_channels(peaks, parse_scheme("int8-dynamic-vnni"), normed=True).wide.tolist() == [5]
-        assert len(choose_channels(np.arange(1, 81, dtype=np.float32), parse_scheme("int8-dynamic-vnni"), normed=False).wide) == 2
+        """Median 2: 20 is 10 medians, 50 is 25."""
+        peaks = np.array([1, 2, 2, 20, 2, 50, 2, 1], np.float32)
+        assert choose_channels(spans(peaks), parse_scheme("int8-dynamic"), normed=True).wide.tolist() == [3, 5]
+        assert choose_channels(spans(peaks), parse_scheme("int8-dynamic-vnni"), normed=True).wide.tolist() == [5]
+        assert len(choose_channels(spans(np.arange(1, 81, dtype=np.float32)), parse_scheme("int8-dynamic-vnni"), normed=False).wide) == 2
+
+    def test_a_channel_that_is_always_large_is_loud_no_more_once_centred(self) -> None:
+        seen = np.array([[-1, -1, 49, -2], [1, 1, 51, 2]], np.float32)
+        scheme = parse_scheme("int8-dynamic-vnni")
+        assert choose_channels(seen, scheme, normed=True).wide.tolist() == [2]
+        channels = choose_channels(seen, scheme, normed=True, centred=True)
+        assert channels.wide.tolist() == [] and channels.centre is not None and channels.centre.tolist() == [0, 0, 50, 0]
+        np.testing.assert_allclose(channels.factors, [1, 1, 1, 2**-0.7], rtol=1e-6)
 
     def test_one_scale_a_token_leaves_the_others_as_they_are(self) -> None:
-        channels = choose_channels(np.arange(1, 81, dtype=np.float32), parse_scheme("int8"), normed=True)
+        channels = choose_channels(spans(np.arange(1, 81, dtype=np.float32)), parse_scheme("int8"), normed=True)
         assert channels.wide.tolist() == list(range(64, 80)) and set(np.unique(channels.factors)) == {0.0, 1.0}
 
     def test_factors_and_wide_part_are_the_product(self) -> None:
         rng = np.random.default_rng(0)
         x, weight = rng.standard_normal((5, 16)).astype(np.float32), rng.standard_normal((3, 16)).astype(np.float32)
         x[:, 7] *= 100
-        channels = choose_channels(np.abs(x).max(0), parse_scheme("int8-dynamic"), normed=True)
+        channels = choose_channels(np.stack([x.min(0), x.max(0)]), parse_scheme("int8-dynamic"), normed=True)
         assert 7 in channels.wide
         got = (x * channels.factors) @ channels.rest(weight).T + x[:, channels.wide] @ weight[:, channels.wide].T
         np.testing.assert_allclose(got, x @ weight.T, rtol=1e-4, atol=1e-3)
