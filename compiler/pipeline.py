@@ -39,6 +39,7 @@ from compiler.stages.validate import checks
 from compiler.store import Store, writing
 from compiler.workload import matrices, prompt_bytes
 from runtimes.bundle import REPORTS
+from targets.machine import this_machine
 from targets.profile import Profile, fingerprint, load_profile
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _foreseen(recipe: Recipe, sources: Sources, suite: Suite, target: TargetItem
         sources = prepare.to_smooth(recipe, sources, chosen.schemes)
     schemes = chosen.schemes if chosen else codes.schemes_of(recipe, sources.merged)
     plan = _plan(recipe, sources, suite, target, schemes)
-    export_stage.require_processor(schemes, profile)
+    export_stage.require_processor(schemes, profile.id, profile.isa)
     decoder = plan.step("export").params["road"] == export_stage.DECODER
     size_mb = (_weight_bytes(recipe, sources, schemes, decoder) + attached.predicted_bytes(sources)) / 1e6
     row = {"name": plan.name, "target": plan.target, "predicted_size_mb": size_mb}
@@ -136,8 +137,9 @@ def _require_buildable(recipe: Recipe, sources: Sources, suite: Suite, targets: 
             memory.check(sources, 0, trains)
         return
     plans = [_plan(recipe, sources, suite, item) for item, _ in targets]
-    for _, profile in targets:
-        export_stage.require_processor(codes.schemes_of(recipe, sources.merged), profile)
+    machines = [*((profile.id, profile.isa) for _, profile in targets), ("this machine, where it is evaluated", this_machine().isa)]
+    for name, isa in machines:
+        export_stage.require_processor(codes.schemes_of(recipe, sources.merged), name, isa)
     if any(store.get(plan.step("evaluate").key) is None for plan in plans):
         decoder = plans[0].step("export").params["road"] == export_stage.DECODER
         stored = _weight_bytes(recipe, sources, codes.schemes_of(recipe, sources.merged), decoder)

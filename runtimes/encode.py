@@ -61,11 +61,12 @@ class Encoder:
         if batch_size < 1:
             raise TrimtabError("batch_size", expected="a count >= 1", found=str(batch_size), remedy="change the option")
         if bundle.model.get("scheme") in WIDE_SUMS and not sums_in_32_bits(this_machine().isa):
-            expected, remedy = (
-                f"a processor with one of {', '.join(ISA_OF_WIDE_SUMS)}",
-                "compile it with scheme int8-dynamic, which is right on every processor",
+            raise TargetError(
+                f"{bundle.directory}: {bundle.model['scheme']}",
+                expected=f"a processor with one of {', '.join(ISA_OF_WIDE_SUMS)}",
+                found="none of them: sums would saturate",
+                remedy="compile it with scheme int8-dynamic, which is right on every processor",
             )
-            raise TargetError(f"{bundle.directory}: {bundle.model['scheme']}", expected=expected, found="none of them: sums would saturate", remedy=remedy)
         self.bundle, self.batch_size = bundle, batch_size
         self.max_length = _max_length(bundle)
         self.run_tokens = RUN_TOKENS_OF.get(str(bundle.model.get("scheme")), RUN_TOKENS)

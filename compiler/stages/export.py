@@ -23,7 +23,6 @@ from targets.machine import ISA_OF_WIDE_SUMS, sums_in_32_bits
 
 if TYPE_CHECKING:
     from compiler.graph.adapters import Tenant
-    from targets.profile import Profile
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -82,11 +81,11 @@ def schemes_in(options: Mapping[str, Any]) -> Schemes:
     return Schemes(parse_scheme(options["scheme"]), {pattern: parse_scheme(text) for pattern, text in options["layers"].items()})
 
 
-def require_processor(schemes: Schemes, profile: Profile) -> None:
-    """Raises RecipeError where codes of the full range would saturate on the target's processor."""
-    if schemes.default.full_range and not sums_in_32_bits(profile.isa):
-        expected, has = f"a target with one of {', '.join(ISA_OF_WIDE_SUMS)}", ", ".join(profile.isa) or "none that is known"
-        found = f"{schemes.default} for {profile.id} ({has}): sums would saturate"
+def require_processor(schemes: Schemes, machine: str, isa: Sequence[str]) -> None:
+    """Raises RecipeError where codes of the full range would saturate on a machine with the instruction sets `isa`."""
+    if schemes.default.full_range and not sums_in_32_bits(isa):
+        expected, has = f"a processor with one of {', '.join(ISA_OF_WIDE_SUMS)}", ", ".join(isa) or "none that is known"
+        found = f"{schemes.default} for {machine} ({has}): sums would saturate"
         raise RecipeError("quantize.scheme", expected=expected, found=found, remedy="use int8-dynamic, which is right on every processor")
 
 

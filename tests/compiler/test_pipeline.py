@@ -9,6 +9,7 @@ import pytest
 from compiler import judge
 from runtimes.bundle import open_bundle
 from targets import profile
+from targets.machine import sums_in_32_bits, this_machine
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +280,9 @@ def test_codes_of_the_full_range_are_refused_for_a_target_where_they_saturate(tr
         for command in ("plan", "compile") if wanted else ("plan",):
             code, _, stderr = trimtab(command, tmp_path / "recipe.yaml")
             assert code == wanted and ("sums would saturate; use int8-dynamic" in stderr) == bool(wanted), stderr
+    if not sums_in_32_bits(this_machine().isa):  # nor is it built where it could not be evaluated
+        code, _, stderr = trimtab("compile", tmp_path / "recipe.yaml")
+        assert code == 2 and "for this machine, where it is evaluated" in stderr and "export" not in stderr
 
 
 def test_scenarios_noise_control_and_cost_reach_the_report_and_the_next_validation(trimtab, recipe, tmp_path, breaks_schema):
