@@ -9,10 +9,11 @@ between 0.9730 and 0.9807 (min cosine of all-MiniLM-L6-v2's sentence vectors, AV
 
 `int8-dynamic-vnni` leaves the bound out: for processors that add products in 32 bits (`targets.machine.sums_in_32_bits`), and refused by the others.
 
-Three forms (`compiler.scheme`), cosine to float32 of 32 sentences of all-MiniLM-L6-v2, English, Japanese, typos (min / mean), and the file:
+Forms (`compiler.scheme`), cosine to float32 of 32 sentences of all-MiniLM-L6-v2, English, Japanese, typos (min / mean), and the file:
     int8-stored    codes in groups of 32, float32 once at load and in arithmetic          0.9993 / 0.9998   25.0 MB   (float32: 90.3)
     int8           `encoder_rows`: half of the arithmetic in integers, one scale a token     0.9992 / 0.9997   29.3 MB
-    int8-dynamic   all of it, one activation scale a call, smoothed, loud channels float (VNNI) 0.9968 / 0.9990   24.0 MB
+    int8-dynamic   all of it, one activation scale a call, smoothed, loud channels float     0.9965 / 0.9991   24.0 MB
+    int8-dynamic-vnni  the same, codes of the full range, sums of 32 bits                    0.9959 / 0.9991   23.8 MB
     the same with neither                                                                  0.9807 / 0.9920   23.8 MB
     onnxruntime's quantize_dynamic, per channel                                              0.9781 / 0.9896
     MatMulNBits 8 bits, groups of 128 / 32, accuracy_level 4                                 0.9932 / 0.9981 (min), and on AVX2 slower than float32
